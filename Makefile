@@ -1,0 +1,43 @@
+# Everything runs in .venv, which the first target that needs it makes from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+# The newest TransformerLens, in an environment of its own: there TransformerBridge is the only hooked model.
+BRIDGE_BIN := .venv-bridge/bin
+BRIDGE_VERSION := 4.3.0
+
+.PHONY: setup demo test lint bench test-bridge clean
+
+setup: .venv/.ready
+
+demo: setup
+	$(BIN)/mechhier run demo --out results/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python -m benchmarks.phenomena
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.grammars
+
+test-bridge: .venv-bridge/.ready
+	$(BRIDGE_BIN)/python -m pytest tests/probes tests/phenomena tests/models/test_loading.py tests/models/test_planted.py
+
+clean:
+	rm -rf .venv .venv-bridge results
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-bridge/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bridge
+	sed 's/^transformer-lens==.*/transformer-lens==$(BRIDGE_VERSION)/' constraints.txt > .venv-bridge/constraints.txt
+	$(BRIDGE_BIN)/python -m pip install --quiet --constraint .venv-bridge/constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,168 @@
+"""What an experiment is, read from YAML, every field used or refused; and how it is carried out."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import xarray as xr
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mechhier.grammars import AnyGrammar
+from mechhier.models import ModelSpec, TrainSpec
+
+if TYPE_CHECKING:
+    from mechhier.models import Run
+
+_NOT_OPTIONS = {"model", "tokens", "tasks", "seed"}
+"""Arguments of a phenomenon that an experiment supplies itself or that YAML cannot hold."""
+
+
+class ExperimentError(ValueError):
+    """A spec that cannot be read; the message says which field and what is accepted."""
+
+
+class Arm(BaseModel):
+    """One language and the training on it; arms differ in nothing but what is written here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    """Name in figures."""
+    about: str
+    """What the language has and lacks, in plain words, for the report."""
+    grammar: AnyGrammar
+    """The language; its `context` is the length of a row."""
+    train: TrainSpec
+    """How long and how to train; `steps` is required."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Arm:
+        if self.train.steps is None:
+            raise ValueError("train.steps is required in an experiment: it decides how much text is generated")
+        return self
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of text for one pass: nothing is read twice."""
+        assert self.train.steps is not None
+        return self.train.steps * self.train.batch_size * self.grammar.default_context
+
+
+class Experiment(BaseModel):
+    """Arms, one model shape for all of them, and the phenomena to measure at every checkpoint.
+
+    Example:
+        >>> list(Experiment.read("demo").arms)
+        ['pool', 'per_document', 'fixed', 'ngram']
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    """Title of the report."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the corpora and of the measurements; the weights' seed is `train.seed`."""
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    """Arms by short name, which is also their folder."""
+    model: ModelSpec
+    """The transformer trained on every arm."""
+    phenomena: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    """Keyword arguments by name of phenomenon."""
+
+    @field_validator("arms")
+    @classmethod
+    def _check_names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        for name in arms:
+            if not name.isidentifier():
+                raise ValueError(f"arm {name!r}: a name consists of letters, digits and underscores")
+        return arms
+
+    @field_validator("phenomena")
+    @classmethod
+    def _check_options(cls, phenomena: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        from mechhier.phenomena import PHENOMENA
+
+        for name, options in phenomena.items():
+            if name not in PHENOMENA:
+                raise ValueError(f"no phenomenon {name!r}: choose from {', '.join(PHENOMENA)}")
+            accepted = set(inspect.signature(PHENOMENA[name]).parameters) - _NOT_OPTIONS
+            if unknown := sorted(set(options) - accepted):
+                raise ValueError(f"{name} has no options {unknown}: it takes {', '.join(sorted(accepted))}")
+        return phenomena
+
+    @classmethod
+    def read(cls, source: str | Path) -> Experiment:
+        """Read a spec from a YAML file, or one that comes with the package by its name ("demo").
+
+        Raises:
+            ExperimentError: No such file, not YAML, or a field that is wrong or unknown.
+        """
+        path = Path(source)
+        if not path.is_file():
+            packaged = {
+                Path(entry.name).stem: entry
+                for entry in resources.files("mechhier.experiments").iterdir()
+                if entry.name.endswith(".yaml")
+            }
+            if str(source) not in packaged:
+                raise ExperimentError(f"no file {source}, and no packaged experiment of that name ({', '.join(packaged)})")
+            text = packaged[str(source)].read_text(encoding="utf-8")
+        else:
+            text = path.read_text(encoding="utf-8")
+        try:
+            described = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ExperimentError(f"{source} is not YAML: {error}") from error
+        if not isinstance(described, dict):
+            raise ExperimentError(f"{source} must hold the fields {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(described)
+        except ValidationError as error:
+            listed = "\n".join(
+                f"  {'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
+            )
+            raise ExperimentError(f"{source} is not a valid experiment:\n{listed}") from error
+
+    def run(self, out: str | Path) -> Path:
+        """Generate the corpora, train, measure every checkpoint, and write the report; go on where it stopped.
+
+        Args:
+            out: Folder of everything: `<arm>/corpus`, `<arm>/run` (checkpoints, log, one file per measurement),
+                `results.nc` (all measurements in one netCDF), `report.html`, `figures/*.png`.
+
+        Returns:
+            The report.
+
+        Raises:
+            ValueError: `out` holds an experiment with other settings.
+        """
+        from mechhier.experiments.summary import write_summary
+        from mechhier.sweeps import sweep
+
+        out = Path(out)
+        runs = {name: self._train(name, arm, out / name) for name, arm in self.arms.items()}
+        tree = sweep(runs, self.phenomena, seed=self.seed)
+        _save_tree(tree, out / "results.nc")
+        return write_summary(self, runs, tree, out)
+
+    def _train(self, name: str, arm: Arm, folder: Path) -> Run:
+        from mechhier.models import train
+
+        corpus = arm.grammar.corpus(arm.n_tokens, seed=self.seed).save(folder / "corpus")
+        return train(self.model, corpus, folder / "run", train=arm.train)
+
+
+def _save_tree(tree: xr.DataTree, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        tree.to_netcdf(temporary, engine="h5netcdf")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+

@@ -1,0 +1,201 @@
+"""What every formal language of the package can do: name its tokens, generate text with labels, predict itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from mechhier.grammars.corpus import Corpus
+
+Split = Literal["train", "validation", "test"]
+MIN_CONTEXT = 4
+"""Smallest row length: one clause of the document language."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of text with what the grammar knows about every token.
+
+    Attributes:
+        tokens: Token ids, ``Int64[rows, positions]``.
+        labels: One integer array of the same shape per label; -1 where the label does not apply.
+    """
+
+    tokens: Int[np.ndarray, "row position"]
+    labels: dict[str, Int[np.ndarray, "row position"]]
+
+
+class Grammar(BaseModel, ABC):
+    """A formal language: immutable parameters from which vocabulary, text and exact predictions follow.
+
+    Two grammars with equal fields are the same language. What a language draws once (a fixed lexicon, the lexicons of
+    a pool, the rows of an n-gram table) comes from ``language_seed``; what a text draws comes from the generator given
+    to :meth:`generate`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    language_seed: int = Field(default=0, ge=0, description="Seed of everything that is drawn once for the language.")
+    context: int | None = Field(
+        default=None, ge=MIN_CONTEXT, description="Tokens per row of a corpus; None: the longest document."
+    )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a validated copy with some fields changed; nothing cached for the old fields goes with it."""
+        return type(self).model_validate(self.model_dump() | dict(update or {}))
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Token strings; a token's id is its index."""
+        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def categories(self) -> tuple[str, ...]:
+        """Names of the syntactic categories; a category's id is its index."""
+
+    @cached_property
+    def token_categories(self) -> Int[np.ndarray, " vocab"]:
+        """Category id of every token id."""
+        raise NotImplementedError
+
+    @cached_property
+    def unigram(self) -> Float[np.ndarray, " vocab"]:
+        """Probability of every token id at a random place of a random document, EOS included."""
+        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of ``<eos>``, the last token of the vocabulary."""
+        return self.vocab_size - 1
+
+    @property
+    @abstractmethod
+    def max_document_length(self) -> int:
+        """Tokens of the longest possible document, EOS included."""
+
+    @property
+    def default_context(self) -> int:
+        """Tokens per row of a corpus unless told otherwise: ``context`` if set, else the longest document."""
+        return self.context if self.context is not None else max(MIN_CONTEXT, self.max_document_length)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def generate(self, n_rows: int, context: int, rng: np.random.Generator, *, packed: bool = False) -> Sample:
+        """Draw rows of text with a label for every token.
+
+        Args:
+            n_rows: Number of rows.
+            context: Tokens per row, at least 4.
+            rng: Source of all randomness; the language itself is not drawn from it.
+            packed: False: every row begins a document; where one ends inside the row the next begins, and the row's
+                last document is cut. True: all rows are one stream of documents, cut into rows.
+
+        Returns:
+            Tokens and labels, each ``[n_rows, context]``. The label ``document`` counts from 0 in every row.
+
+        Raises:
+            ValueError: ``n_rows`` is below 1 or ``context`` below 4.
+        """
+        if n_rows < 1:
+            raise ValueError(f"n_rows is {n_rows}; at least one row is needed")
+        if context < MIN_CONTEXT:
+            raise ValueError(f"context is {context}; a row needs at least {MIN_CONTEXT} tokens")
+        sample = self._generate(1, n_rows * context, rng) if packed else self._generate(n_rows, context, rng)
+        labels = {name: label.reshape(n_rows, context) for name, label in sample.labels.items()}
+        labels["document"] = labels["document"] - labels["document"][:, :1]
+        return Sample(sample.tokens.reshape(n_rows, context), labels)
+
+    @abstractmethod
+    def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> Sample:
+        """Draw rows that each begin a document."""
+
+    def corpus(
+        self, tokens: int, *, seed: int = 0, context: int | None = None, packed: bool = False, split: Split = "train"
+    ) -> Corpus:
+        """Describe a corpus of this language; its blocks are generated when they are read.
+
+        Args:
+            tokens: Number of tokens wanted; rounded up to whole rows.
+            seed: Seed of the text.
+            context: Tokens per row; :attr:`default_context` if None.
+            packed: Whether rows are cut from one stream of documents (see :meth:`generate`).
+            split: Which of the three independent streams of the seed.
+
+        Raises:
+            ValueError: ``tokens`` is below ``context``, or another value is out of range.
+        """
+        from mechhier.grammars.corpus import Corpus
+
+        context = self.default_context if context is None else context
+        if context < MIN_CONTEXT:
+            raise ValueError(f"context is {context}; a row needs at least {MIN_CONTEXT} tokens")
+        if tokens < context:
+            raise ValueError(f"tokens is {tokens}, less than one row; a corpus has at least context = {context} tokens")
+        n_rows = -(-tokens // context)
+        return Corpus(grammar=self, seed=seed, context=context, packed=packed, split=split, n_rows=n_rows)
+
+    # -- prediction --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def next_token_probabilities(self, tokens: Int[np.ndarray, "row position"]) -> Float[np.ndarray, "row position v"]:
+        """Return P(token at t | the tokens before t) of the ideal predictor, which knows the grammar.
+
+        Every row must begin a document (the layout of ``packed=False``).
+        """
+
+    @abstractmethod
+    def floor_bounds(
+        self, sample: Sample
+    ) -> tuple[Float[np.ndarray, "row position"], Float[np.ndarray, "row position"]]:
+        """Return a lower and an upper bound of the ideal predictor's loss on every token, in nats.
+
+        The loss at position t is -log P(token at t | the tokens before t). Every row must begin a document.
+        """
+
+
+def stable_generator(*parts: str | int) -> np.random.Generator:
+    """Return a generator that depends on the parts alone: not on the machine, the process or what was drawn before."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "big"))))
+
+
+def zipf(n: int, exponent: float) -> Float[np.ndarray, " n"]:
+    """Return the Zipf law over ranks 0..n-1: probability proportional to (rank + 1) ** -exponent."""
+    log_weight = -exponent * np.log(np.arange(1, n + 1))
+    weight = np.exp(log_weight - log_weight.max())
+    return weight / weight.sum()
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """Forbid writing to an array that many callers share, and return it."""
+    array.flags.writeable = False
+    return array
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> Int[np.ndarray, "row position"]:
+    """Return tokens as int64 after checking that they are rows of ids of the vocabulary."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens must be integers of shape [rows, positions], not {tokens.dtype} {tokens.shape}")
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        raise ValueError(f"token ids must be 0..{vocab_size - 1}; found {tokens.min()}..{tokens.max()}")
+    return tokens.astype(np.int64)

@@ -1,0 +1,55 @@
+"""The loss of the ideal predictor by position: what no model of the language can be better than on average."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from mechhier.grammars.base import Grammar, Sample
+
+_ROWS_AT_A_TIME = 16  # an exact predictor holds a posterior per token
+
+
+def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
+    """Return bounds of the ideal predictor's loss by position and their means, in nats.
+
+    Args:
+        grammar: The language.
+        sample: At least two rows of its text that begin documents.
+
+    Returns:
+        ``floor_lower`` and ``floor_upper`` over ``position``; scalars ``floor_lower_mean`` and ``floor_upper_mean``
+        over positions 1 and later, with 95 % intervals over rows (``_low``, ``_high``).
+
+    Raises:
+        ValueError: A row does not begin a document, or is not text of the language.
+    """
+    n_rows, context = sample.tokens.shape
+    parts = []
+    for first in range(0, n_rows, _ROWS_AT_A_TIME):
+        rows = slice(first, first + _ROWS_AT_A_TIME)
+        labels = {name: label[rows] for name, label in sample.labels.items()}
+        parts.append(grammar.floor_bounds(Sample(sample.tokens[rows], labels)))
+    result = xr.Dataset(
+        coords={"position": ("position", np.arange(context), {"long_name": "position in the row"})},
+        attrs={
+            "definition": "-log P(token | the tokens before it in the row) of a predictor that knows the grammar",
+            "grammar": grammar.model_dump_json(),
+            "n_rows": n_rows,
+            "context": context,
+        },
+    )
+    for i, bound in enumerate(("lower", "upper")):
+        loss = np.concatenate([part[i] for part in parts])
+        row_means = loss[:, 1:].mean(axis=1)
+        mean, half_width = row_means.mean(), 1.96 * row_means.std(ddof=1) / np.sqrt(n_rows)
+        name, what = f"floor_{bound}", f"{bound} bound of the ideal predictor's loss"
+        result[name] = ("position", loss.mean(axis=0), {"long_name": what, "units": "nats"})
+        for suffix, value, words in (
+            ("_mean", mean, ""),
+            ("_mean_low", mean - half_width, ", 95 % interval, low end"),
+            ("_mean_high", mean + half_width, ", 95 % interval, high end"),
+        ):
+            long_name = f"{what}, mean over positions from 1{words}"
+            result[name + suffix] = ((), float(value), {"long_name": long_name, "units": "nats"})
+    return result

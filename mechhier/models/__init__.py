@@ -1,0 +1,49 @@
+"""From a corpus to weights, and from weights to a hooked model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
+
+if TYPE_CHECKING:
+    from mechhier.models import planted
+    from mechhier.models.loading import ModelInfo, ModelLoadError, load_model, model_info
+    from mechhier.models.run import Run, RunError
+    from mechhier.models.training import TrainingError, train
+
+__all__ = [
+    "ModelInfo",
+    "ModelLoadError",
+    "ModelSpec",
+    "Run",
+    "RunError",
+    "TrainSpec",
+    "TrainingError",
+    "checkpoint_steps",
+    "load_model",
+    "model_info",
+    "planted",
+    "train",
+]
+
+# Imported on first use: these modules need torch, transformers or pandas, which take seconds to import.
+_LAZY = {
+    "ModelInfo": "loading",
+    "ModelLoadError": "loading",
+    "load_model": "loading",
+    "model_info": "loading",
+    "Run": "run",
+    "RunError": "run",
+    "TrainingError": "training",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "planted":
+        return importlib.import_module("mechhier.models.planted")
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"mechhier.models.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

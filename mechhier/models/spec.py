@@ -1,0 +1,225 @@
+"""What to train and how: `ModelSpec` and `TrainSpec`, every field of which is used or refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Architecture = Literal["llama", "gpt2", "gpt_neox", "olmo"]
+Size = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+# GPT-NeoX-20B and Pythia rotate this share of each head.
+_NEOX_ROTARY_FRACTION = 0.25
+
+
+class ModelSpec(BaseModel):
+    """The shape of a transformer, built as an ordinary Hugging Face causal language model in float32, without dropout.
+
+    | architecture | norm | positions | MLP | blocks | embeddings | biases |
+    |---|---|---|---|---|---|---|
+    | `llama` | RMSNorm | rotary, all of each head | gated SiLU | sequential | untied | none |
+    | `olmo` | LayerNorm without parameters | rotary, all of each head | gated SiLU | sequential | untied | none |
+    | `gpt_neox` | LayerNorm | rotary, a quarter of each head | GELU | attention and MLP in parallel | untied | yes |
+    | `gpt2` | LayerNorm | learned | GELU (tanh) | sequential | untied | yes |
+
+    Embeddings are untied in all four, so that what a token reads and what it predicts can differ. GPT-2's own
+    checkpoints tie them; this is the one place where a spec departs from the family's default.
+
+    Example:
+        >>> spec = ModelSpec("llama", n_layers=2, d_model=64, n_heads=4)
+        >>> spec.n_parameters(vocab_size=101)
+        144320
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Architecture
+    """Family, by Hugging Face's `model_type`."""
+    n_layers: Size
+    """Number of blocks."""
+    d_model: Size
+    """Width of the residual stream; divisible by `n_heads`."""
+    n_heads: Size
+    """Attention heads of each block."""
+    d_mlp: Size | None = None
+    """Width of the MLP's hidden layer; None: 4 x d_model."""
+    n_ctx: Size | None = None
+    """Longest sequence; None: the corpus's context."""
+    n_key_value_heads: Size | None = None
+    """Heads that share keys and values (grouped-query attention), `llama` only; None: as many as `n_heads`."""
+
+    def __init__(self, architecture: Architecture | None = None, **sizes: Any) -> None:
+        # The architecture may be given by position; pydantic reports a missing one like any other missing field.
+        super().__init__(**sizes if architecture is None else {"architecture": architecture, **sizes})
+
+    @property
+    def n_rotary(self) -> int:
+        """Dimensions of a head that carry rotary positions."""
+        d_head = self.d_model // self.n_heads
+        return {"gpt2": 0, "gpt_neox": int(d_head * _NEOX_ROTARY_FRACTION)}.get(self.architecture, d_head)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelSpec:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} must be divisible by n_heads={self.n_heads}")
+        d_head = self.d_model // self.n_heads
+        if self.n_rotary % 2:
+            raise ValueError(
+                f"{self.architecture} rotates {self.n_rotary} of a head's d_model / n_heads = {d_head} dimensions, "
+                "in pairs: choose d_model and n_heads so that this number is even"
+            )
+        if self.architecture == "gpt_neox" and self.n_rotary == 0:
+            raise ValueError(
+                f"gpt_neox rotates a quarter of each head: d_model / n_heads = {d_head} must be at least 8"
+            )
+        if self.n_key_value_heads is not None:
+            if self.architecture != "llama":
+                raise ValueError(f"n_key_value_heads applies to llama only, not to {self.architecture}")
+            if self.n_heads % self.n_key_value_heads:
+                raise ValueError(
+                    f"n_heads={self.n_heads} must be divisible by n_key_value_heads={self.n_key_value_heads}"
+                )
+        return self
+
+    def build(self, *, vocab_size: int, eos_token_id: int, n_ctx: int | None = None, seed: int = 0) -> PreTrainedModel:
+        """Make the model with freshly drawn weights, float32 on the CPU; the caller's random state is left alone.
+
+        Args:
+            vocab_size: Number of token ids.
+            eos_token_id: Id of the end-of-sequence token; there is no beginning-of-sequence and no padding token.
+            n_ctx: Longest sequence where the spec leaves it open.
+            seed: Seed of the weights.
+
+        Raises:
+            ValueError: Neither the spec nor the call gives `n_ctx`.
+        """
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._instantiate(vocab_size, self._context(n_ctx), eos_token_id)
+
+    def n_parameters(self, vocab_size: int, *, n_ctx: int | None = None) -> int:
+        """Number of trainable parameters, embeddings included; only GPT-2's depends on `n_ctx`."""
+        import torch
+
+        n_ctx = self._context(n_ctx) if self.architecture == "gpt2" else 1
+        with torch.device("meta"):
+            model = self._instantiate(vocab_size, n_ctx, eos_token_id=0)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def _context(self, n_ctx: int | None) -> int:
+        chosen = self.n_ctx or n_ctx
+        if chosen is None:
+            raise ValueError("n_ctx is open: give it in the ModelSpec or in the call")
+        return chosen
+
+    def _instantiate(self, vocab_size: int, n_ctx: int, eos_token_id: int) -> PreTrainedModel:
+        import transformers
+
+        d_mlp = self.d_mlp or 4 * self.d_model
+        # Defaults of these configs name token ids beyond a small vocabulary; a padding id would freeze that embedding.
+        tokens = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None}
+        common = {**tokens, "tie_word_embeddings": False, "use_cache": False, "attn_implementation": "sdpa"}
+        if self.architecture == "gpt2":
+            config = transformers.GPT2Config(
+                n_layer=self.n_layers,
+                n_embd=self.d_model,
+                n_head=self.n_heads,
+                n_inner=d_mlp,
+                n_positions=n_ctx,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **common,
+            )
+            return transformers.GPT2LMHeadModel(config)
+        sizes = {
+            "num_hidden_layers": self.n_layers,
+            "hidden_size": self.d_model,
+            "num_attention_heads": self.n_heads,
+            "intermediate_size": d_mlp,
+            "max_position_embeddings": n_ctx,
+            **common,
+        }
+        if self.architecture == "llama":
+            config = transformers.LlamaConfig(num_key_value_heads=self.n_key_value_heads or self.n_heads, **sizes)
+            return transformers.LlamaForCausalLM(config)
+        if self.architecture == "olmo":
+            return transformers.OlmoForCausalLM(transformers.OlmoConfig(**sizes))
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": _NEOX_ROTARY_FRACTION}
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(rope_parameters=rope, **sizes))
+
+
+class TrainSpec(BaseModel):
+    """How to train: AdamW, linear warm-up, then a cosine to a fraction of the learning rate.
+
+    Batch n is rows n x batch_size to (n + 1) x batch_size of the corpus, which is read again from its start where it
+    is shorter than the training. A corpus's rows are independent draws already, so they are not shuffled.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: Size | None = None
+    """Optimizer steps; None: one pass over the corpus."""
+    batch_size: Size = 32
+    """Rows of a step, over all devices."""
+    learning_rate: Positive = 3e-3
+    """Highest learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    """AdamW's decay rates of the gradient's mean and of its square's."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up; fewer than `steps`."""
+    final_lr_fraction: Fraction = 0.1
+    """Learning rate of the last step, as a fraction of the highest."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Decoupled weight decay of the weight matrices; never of norms and biases."""
+    max_grad_norm: Positive = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the initial weights; nothing else in training is random."""
+    n_checkpoints: Annotated[int, Field(ge=2)] = 12
+    """Checkpoints on the grid of `checkpoint_steps`, the untrained model and the last step included."""
+    eval_rows: Size = 256
+    """Rows of the corpus's validation split on which the loss is measured at every checkpoint."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> TrainSpec:
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        return self
+
+
+def checkpoint_steps(steps: int, n: int) -> list[int]:
+    """The steps at which checkpoints are kept: 0, then spaced evenly in log, then evenly, then the last step.
+
+    Half of them lie in the decade from 1 % to 10 % of training, where small models change fastest, the rest between
+    10 % and the end.
+
+    Args:
+        steps: Number of optimizer steps, at least 1.
+        n: Number of checkpoints, at least 2; fewer come back where a short training makes some coincide.
+
+    Returns:
+        Sorted distinct steps, the first 0 and the last `steps`.
+
+    Raises:
+        ValueError: `steps` below 1 or `n` below 2.
+
+    Example:
+        >>> checkpoint_steps(1200, 12)
+        [0, 12, 21, 38, 67, 120, 300, 480, 660, 840, 1020, 1200]
+    """
+    if steps < 1 or n < 2:
+        raise ValueError(f"at least 1 step and 2 checkpoints are needed, not {steps} and {n}")
+    n_log = (n - 1) // 2
+    early = np.geomspace(steps / 100, steps / 10, n_log)
+    late = np.linspace(steps / 10, steps, n - n_log)[1:] if n_log else [steps]
+    return sorted({0, *(max(1, round(step)) for step in (*early, *late))})

@@ -1,0 +1,17 @@
+"""What is measured: one file a phenomenon, one call each, on any hooked model."""
+
+from mechhier.phenomena.function_vectors import function_vectors
+from mechhier.phenomena.hydra import hydra
+from mechhier.phenomena.induction import induction
+from mechhier.phenomena.published import published
+from mechhier.phenomena.tasks import Prompts, Task, grammar_tasks
+
+PHENOMENA = {
+    "induction": induction,
+    "function_vectors": function_vectors,
+    "hydra": hydra,
+    "published": published,
+}
+"""Every phenomenon by name, as `mechhier.sweep` and specs name them."""
+
+__all__ = ["PHENOMENA", "Prompts", "Task", "function_vectors", "grammar_tasks", "hydra", "induction", "published"]

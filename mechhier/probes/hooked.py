@@ -1,0 +1,230 @@
+"""One view of `HookedTransformer` and `TransformerBridge`: the only file that knows one from the other.
+
+Everything above this file speaks of *sites* (`("pattern", 3)`, `("attn_out", 0)`), reads and edits them in one way, and
+gets the same numbers from both classes and both generations of TransformerLens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SiteName: TypeAlias = Literal[
+    "embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "pattern", "final_scale"
+]
+HookFunction: TypeAlias = Callable[[Tensor], Tensor | None]
+Hook: TypeAlias = tuple[SiteName, int | None, HookFunction]
+"""Where (site, layer; layer is None for "embed" and "final_scale") and what: a function that returns None only reads,
+one that returns a tensor of the same shape replaces the activation."""
+
+_IN_BLOCK = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+    "pattern": "attn.hook_pattern",
+}
+_LOGIT_BYTES = 2**28
+"""Default memory for one batch's float32 logits."""
+
+
+class Hooked:
+    """A hooked model, whichever of TransformerLens's classes it is.
+
+    Sites and shapes (`pos` is the position in the sequence):
+
+    | site | shape | meaning |
+    |---|---|---|
+    | embed | batch pos d_model | the residual stream that enters layer 0 (token and learned position embeddings) |
+    | resid_pre, resid_mid, resid_post | batch pos d_model | residual stream before, within (sequential blocks only), after a layer |
+    | attn_out, mlp_out | batch pos d_model | what the layer's attention, its MLP, adds to the residual stream, biases included |
+    | z | batch pos head d_head | a head's output before W_O |
+    | pattern | batch head query key | attention probabilities |
+    | final_scale | batch pos 1 | the final norm's sigma; can only be read; not in a model without norms |
+
+    Args:
+        model: A `HookedTransformer` or a `TransformerBridge` of a decoder-only model with unfolded or folded weights.
+
+    Raises:
+        TypeError: `model` is neither.
+    """
+
+    def __init__(self, model: Any):
+        if not all(hasattr(model, name) for name in ("cfg", "hook_dict", "run_with_hooks")):
+            raise TypeError(
+                f"expected a TransformerLens HookedTransformer or TransformerBridge, got {type(model).__name__}; "
+                "mechhier.load_model(...) makes one from a Hugging Face model, a folder, or a hub name"
+            )
+        self.model = model
+        self.cfg = model.cfg
+        self._is_bridge = type(model).__name__ == "TransformerBridge"
+        # HookedTransformer always starts at a layer; TransformerBridge only since TransformerLens 4.
+        self._starts_at_layer = not self._is_bridge or int(version("transformer_lens").split(".")[0]) >= 4
+
+    n_layers = property(lambda self: int(self.cfg.n_layers), doc="Number of blocks.")
+    n_heads = property(lambda self: int(self.cfg.n_heads), doc="Number of query heads in a layer.")
+    d_model = property(lambda self: int(self.cfg.d_model), doc="Width of the residual stream.")
+    d_head = property(lambda self: int(self.cfg.d_head), doc="Width of one head.")
+    d_vocab = property(lambda self: int(self.cfg.d_vocab), doc="Number of tokens.")
+    n_ctx = property(lambda self: int(self.cfg.n_ctx), doc="Longest sequence, in tokens.")
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a block's attention and MLP both read resid_pre (GPT-NeoX), so that neither sees the other."""
+        return bool(getattr(self.cfg, "parallel_attn_mlp", False))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding."""
+        return self.model.W_U.detach()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.W_U.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.W_U.dtype
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of every head of a layer: `z[head] @ W_O[head]` is the head's write, without the bias."""
+        return self.model.blocks[layer].attn.W_O.detach()
+
+    @property
+    def final_gain(self) -> Float[Tensor, " d_model"]:
+        """The final norm's gain gamma; ones where the norm has none (OLMo, folded weights)."""
+        weight = None if self.final_norm == "none" else getattr(self.model.ln_final, "w", None)
+        if weight is None:
+            return torch.ones(self.d_model, device=self.device, dtype=self.dtype)
+        return weight.detach()
+
+    @property
+    def final_norm(self) -> Literal["layer", "rms", "none"]:
+        """The kind of the final norm: LayerNorm (which also centres over d_model), RMSNorm, or none at all."""
+        kind = getattr(self.cfg, "normalization_type", None)
+        if kind is None:
+            return "none"
+        return "rms" if kind.startswith("RMS") or getattr(self.cfg, "final_rms", False) else "layer"
+
+    def batch_size(self, length: int) -> int:
+        """Sequences of `length` tokens whose float32 logits fill at most 256 MB, and at least one."""
+        return max(1, _LOGIT_BYTES // (4 * length * self.d_vocab))
+
+    def check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
+        """`tokens` as a long tensor on the model's device.
+
+        Raises:
+            ValueError: Not two-dimensional, longer than the context, empty, or an id outside the vocabulary.
+        """
+        tokens = torch.as_tensor(tokens)
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+            raise ValueError(f"tokens must be integer ids of shape [batch, position], got {list(tokens.shape)}")
+        if tokens.shape[1] > self.n_ctx:
+            raise ValueError(
+                f"sequences of {tokens.shape[1]} tokens are longer than the model's context of {self.n_ctx}; "
+                f"cut them to tokens[:, :{self.n_ctx}]"
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.d_vocab:
+            raise ValueError(f"token ids must lie in 0..{self.d_vocab - 1} for this model, got {low}..{high}")
+        return tokens.to(device=self.device, dtype=torch.long)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Evaluation mode without gradients inside; mode and gradient state as they were afterwards, come what may."""
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        hooks: Iterable[Hook] = (),
+        *,
+        start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of one forward pass with hooks, which are gone afterwards; hooks of the caller stay and act.
+
+        Args:
+            tokens: Token ids, without padding.
+            hooks: What to read and edit. Hooks of one site act in the order given.
+            start: `(layer, resid_pre)`: begin at that layer with that residual stream instead of at the tokens.
+                Exact in every class; it saves the earlier layers' work except on the TransformerBridge of
+                TransformerLens 3, which runs them all the same.
+
+        Raises:
+            ValueError: No such site or layer in this model.
+        """
+        named = [pair for hook in hooks for pair in self._named(hook)]
+        arguments: dict[str, Any] = {"return_type": "logits"}
+        first: Tensor = tokens
+        if start is not None:
+            layer, resid = start
+            if self._starts_at_layer:
+                first = resid
+                arguments["start_at_layer"] = layer
+            else:
+                named.insert(0, self._adapt(f"blocks.{layer}.hook_resid_pre", lambda _: resid))
+        with self.preserved():
+            return self.model.run_with_hooks(first, fwd_hooks=named, **arguments)
+
+    def _named(self, hook: Hook) -> list[tuple[str, Callable[..., Tensor]]]:
+        """TransformerLens's (name, function) pairs for one hook, checked: an unknown name is silent on some classes."""
+        site, layer, function = hook
+        if layer is not None and not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer {layer} does not exist: the model has layers 0..{self.n_layers - 1}")
+        if site == "embed":
+            return [self._adapt("blocks.0.hook_resid_pre", function)]
+        if site == "final_scale":
+            return [self._adapt("ln_final.hook_scale", function)]
+        if site == "resid_mid":
+            return self._mid(layer, function)
+        if site not in _IN_BLOCK or layer is None:
+            known = ", ".join(["embed", "resid_mid", "final_scale", *_IN_BLOCK])
+            raise ValueError(f"no site {site!r} at layer {layer}; sites are {known}, those in a block with a layer")
+        return [self._adapt(f"blocks.{layer}.{_IN_BLOCK[site]}", function)]
+
+    def _mid(self, layer: int | None, function: HookFunction) -> list[tuple[str, Callable[..., Tensor]]]:
+        """The stream between attention and MLP, as resid_pre + attn_out.
+
+        The Bridge's own hook_resid_mid is the MLP's input: an edit there changes that branch alone.
+        """
+        if self.parallel:
+            raise ValueError("resid_mid does not exist in a model whose attention and MLP run in parallel")
+        resid_pre: list[Tensor] = []
+
+        def keep(resid: Tensor) -> None:
+            resid_pre[:] = [resid]
+
+        def edit(attn_out: Tensor) -> Tensor | None:
+            mid = function(resid_pre[0] + attn_out)
+            return None if mid is None else mid - resid_pre[0]
+
+        return [
+            self._adapt(f"blocks.{layer}.hook_resid_pre", keep),
+            self._adapt(f"blocks.{layer}.hook_attn_out", edit),
+        ]
+
+    def _adapt(self, name: str, function: HookFunction) -> tuple[str, Callable[..., Tensor]]:
+        if name not in self.model.hook_dict:
+            raise ValueError(f"{type(self.model).__name__} of this architecture has no hook {name!r}")
+
+        def always_return(activation: Tensor, hook: Any) -> Tensor:
+            edited = function(activation)
+            return activation if edited is None else edited
+
+        return name, always_return

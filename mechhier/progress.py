@@ -1,0 +1,69 @@
+"""One shared progress display for long jobs: what is running and how long is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_active: Progress | None = None
+
+
+def _display() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal or console.is_jupyter),
+    )
+
+
+@contextmanager
+def track(description: str, *, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
+    """Show one row of progress while the block runs; rows of nested blocks share a display.
+
+    Nothing is shown where there is neither a terminal nor a notebook.
+
+    Args:
+        description: What is running, for instance ``"training pool"``.
+        total: Number of units of work.
+        completed: Units already done when the block starts (a resumed job).
+
+    Yields:
+        ``advance(n=1, note="")``: report ``n`` more units; ``note`` is shown at the end of the row.
+    """
+    global _active
+    owner = _active is None
+    progress = _active or _display()
+    if owner:
+        _active = progress
+        progress.start()
+    task = progress.add_task(description, total=total, completed=completed, note="")
+
+    def advance(n: int = 1, *, note: str = "") -> None:
+        progress.update(task, advance=n, note=note)
+
+    try:
+        yield advance
+    finally:
+        if owner:
+            progress.stop()
+            _active = None
+        else:
+            progress.remove_task(task)

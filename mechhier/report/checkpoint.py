@@ -1,0 +1,270 @@
+"""Panels for one model: the heads, layers and components of a single checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import xarray as xr
+
+from mechhier.report import style
+from mechhier.report.panels import BarPanel, Bars, Curve, CurvePanel, HeatPanel, Panel, color_limits, heat_hover
+from mechhier.report.reading import Reading
+
+#: The terms of the ablation's identity, in the order of their bars.
+HYDRA_TERMS = {
+    "total_effect": ("total effect", style.BLACK),
+    "own_change": ("own direct effect lost", style.GREY),
+    "attention_growth": ("attention growth downstream", style.BLUE),
+    "mlp_change": ("MLP change downstream", style.ORANGE),
+    "norm_change": ("norm term", style.PURPLE),
+    "self_repair": ("self-repair", style.GREEN),
+}
+
+#: What is added to the residual stream, in the order of its lines.
+INJECTED = {
+    "function_vector": ("function vector", style.BLUE, "circle"),
+    "other_task": ("another task's vector", style.VERMILLION, "square"),
+    "random_heads": ("random heads' vector", style.ORANGE, "diamond"),
+    "random_norm": ("random vector of that norm", style.PURPLE, "triangle-up"),
+    "grand_mean": ("mean over all tasks", style.GREEN, "x"),
+}
+
+COMPONENTS = {"attention": "attention", "mlp": "MLP"}
+MAX_BAR_LAYERS = 6  # above: six bars a layer are too thin to read
+
+PROMPTS = {"zero_shot": "no demonstrations", "shuffled": "shuffled demonstrations"}
+
+
+def short_component(component: object, layer: object) -> str:
+    """Return the label of an ablated component: `attn 0`, `MLP 3`."""
+    return f"{ {'attention': 'attn', 'mlp': 'MLP'}.get(str(component), str(component)) } {layer}"
+
+
+def head_panel(
+    reading: Reading, name: str, *, limits: tuple[float, float] | None = None, marks: np.ndarray | None = None
+) -> HeatPanel:
+    """Return a heatmap layer x head of one score, its uniform baseline in the title."""
+    z = reading.values(name, "layer", "head")
+    low, high = reading.interval(name, "layer", "head")
+    null = reading.null(name, "layer", "head")
+    layers, heads = reading.labels("layer").tolist(), reading.labels("head").tolist()
+    title = reading.title(name)
+    if f"{name}_uniform" in reading and null is not None:
+        title += f"\n(uniform attention: {style.number(float(null.flat[0]))})"
+    return HeatPanel(
+        title=title,
+        z=z,
+        x_title="head",
+        y_title="layer",
+        units=reading.units(name),
+        x=heads,
+        y=layers,
+        limits=limits or color_limits([z]),
+        hover=heat_hover(z, low, high, null, rows=[f"layer {i}" for i in layers], columns=[f"head {i}" for i in heads]),
+        marks=marks,
+    )
+
+
+def induction(dataset: xr.Dataset) -> list[Panel]:
+    """Return a heatmap layer x head for every score, all on one colour scale."""
+    reading = Reading(dataset)
+    names = reading.names("layer", "head")
+    limits = color_limits([reading.values(name, "layer", "head") for name in names])
+    return [head_panel(reading, name, limits=limits) for name in names]
+
+
+def hydra(dataset: xr.Dataset) -> list[Panel]:
+    """Return the terms of every ablation, as bars or in a deep model as lines, and the responses as a matrix."""
+    reading = Reading(dataset)
+    draw_terms = _term_bars if dataset.sizes["layer"] <= MAX_BAR_LAYERS else _term_lines
+    terms = [name for name in HYDRA_TERMS if name in reading]
+    panels: list[Panel] = []
+    if terms:
+        panels += [draw_terms(reading, terms, str(component)) for component in reading.labels("component")]
+    if "response" in reading:
+        panels.append(_responses(reading))
+    return panels
+
+
+def _term_bars(reading: Reading, terms: list[str], component: str) -> BarPanel:
+    row = Reading(reading.dataset.sel(component=component))
+    series = []
+    for name in terms:
+        label, color = HYDRA_TERMS[name]
+        low, high = row.interval(name, "layer")
+        series.append(Bars(label, row.values(name, "layer"), color, low=low, high=high, null=row.null(name, "layer")))
+    groups = [str(layer) for layer in row.labels("layer")]
+    words = COMPONENTS.get(component, component)
+    return BarPanel(f"Ablating one {words} layer", f"change ({row.units(terms[0])})", "layer ablated", groups, series)
+
+
+def _term_lines(reading: Reading, terms: list[str], component: str) -> CurvePanel:
+    row = Reading(reading.dataset.sel(component=component))
+    layers = row.labels("layer").astype(float)
+    curves = []
+    for name in terms:
+        label, color = HYDRA_TERMS[name]
+        y, (low, high), null = row.values(name, "layer"), row.interval(name, "layer"), row.null(name, "layer")
+        curves.append(Curve(label, layers, y, color, low=low, high=high, null=null))
+    words = COMPONENTS.get(component, component)
+    units = f"change ({row.units(terms[0])})"
+    return CurvePanel(f"Ablating one {words} layer", units, curves, x_title="layer ablated")
+
+
+def _responses(reading: Reading) -> HeatPanel:
+    dims = ("layer", "component", "responding_layer", "responding_component")
+    response = reading.values("response", *dims)
+    rows = [short_component(c, la) for la in reading.labels("layer") for c in reading.labels("component")]
+    columns = [
+        short_component(c, la)
+        for la in reading.labels("responding_layer")
+        for c in reading.labels("responding_component")
+    ]
+    z = response.reshape(len(rows), len(columns))
+    hover = heat_hover(
+        z, None, None, None, rows=[f"ablated {row}" for row in rows], columns=[f"response of {col}" for col in columns]
+    )
+    return HeatPanel(
+        title=reading.title("response"),
+        z=z,
+        x_title="responding component",
+        y_title="ablated component",
+        units=reading.units("response"),
+        x=columns,
+        y=rows,
+        limits=color_limits([z]),
+        hover=hover,
+    )
+
+
+def function_vectors(dataset: xr.Dataset) -> list[Panel]:
+    """Return the heads' indirect effects beside their null, and the injection curves by layer with their controls."""
+    reading = Reading(dataset)
+    panels: list[Panel] = []
+    effects = [name for name in ("AIE", "AIE_null") if name in reading]
+    limits = color_limits([reading.values(name, "layer", "head") for name in effects])
+    for name in effects:
+        marks = reading.values("selected", "layer", "head") > 0 if name == "AIE" and "selected" in reading else None
+        panels.append(head_panel(reading, name, limits=limits, marks=marks))
+    for name in ("accuracy", "recovery"):
+        if name in reading:
+            panels += [_injection(reading, name, str(prompt)) for prompt in reading.labels("prompt")]
+    return panels
+
+
+def reference_curves(reading: Reading, x: np.ndarray, prompt: str, *dims: str) -> list[Curve]:
+    """Return the accuracies that an injection is to be read against, as lines without markers over `x`."""
+    lines = {
+        f"accuracy_{prompt}": ("without injection", "solid", style.BLACK),
+        "accuracy_clean": ("clean demonstrations", "solid", style.GREY),
+        "accuracy_bayes": ("ideal predictor", "dot", style.GREY),
+        "chance": ("chance", "dashdot", style.GREY),
+    }
+    curves = []
+    for name, (label, dash, color) in lines.items():
+        if name in reading:
+            y = np.broadcast_to(reading.values(name, *dims), x.shape)
+            if np.isfinite(y).any():
+                curves.append(Curve(label, x, y, color, dash=dash, symbol=None))
+    return curves
+
+
+def _injection(reading: Reading, name: str, prompt: str) -> CurvePanel:
+    dims = ("prompt", "vector", "layer")
+    y, (low, high) = reading.values(name, *dims), reading.interval(name, *dims)
+    layers = reading.labels("layer").astype(float)
+    row = reading.labels("prompt").tolist().index(prompt)
+    curves = []
+    for column, vector in enumerate(reading.labels("vector").tolist()):
+        label, color, symbol = INJECTED.get(vector, (str(vector), style.BLACK, "cross"))
+        curves.append(
+            Curve(
+                label,
+                layers,
+                y[row, column],
+                color,
+                low=None if low is None else low[row, column],
+                high=None if high is None else high[row, column],
+                symbol=symbol,
+            )
+        )
+    if name == "accuracy":
+        curves += reference_curves(reading, layers, prompt)
+    title = f"{reading.title(name)}: {PROMPTS.get(prompt, prompt)}"
+    return CurvePanel(title, reading.units(name), curves, x_title="layer where the vector is added")
+
+
+def published(dataset: xr.Dataset) -> list[Panel]:
+    """Return the published scores: curves over the layer or k, bars over a named dim, heatmaps of heads at the first k."""
+    reading = Reading(dataset)
+    panels: list[Panel] = []
+    for name in map(str, dataset.data_vars):
+        dims = [str(dim) for dim in dataset[name].dims]
+        if name not in reading.names(*dims):
+            continue
+        if {"layer", "head"} <= set(dims) and len(dims) <= 3:
+            panels.append(_published_heads(dataset, name, dims))
+        elif "layer" in dims and len(dims) <= 2:
+            panels.append(
+                _published_curves(reading, name, along="layer", lines=next((d for d in dims if d != "layer"), None))
+            )
+        elif dims == ["k"]:
+            panels.append(_published_curves(reading, name, along="k", lines=None))
+        elif len(dims) <= 1:
+            panels.append(_published_bars(reading, name, dims))
+    return panels
+
+
+def _published_heads(dataset: xr.Dataset, name: str, dims: list[str]) -> HeatPanel:
+    other = next((dim for dim in dims if dim not in ("layer", "head")), None)
+    if other is None:
+        return head_panel(Reading(dataset), name)
+    panel = head_panel(Reading(dataset.isel({other: 0})), name)
+    return replace(panel, title=f"{panel.title}\n{other} = {Reading(dataset).labels(other)[0]}")
+
+
+def _published_bars(reading: Reading, name: str, dims: list[str]) -> BarPanel:
+    low, high = (None if end is None else np.atleast_1d(end) for end in reading.interval(name, *dims))
+    null = reading.null(name, *dims)
+    bars = Bars(
+        "",
+        np.atleast_1d(reading.values(name, *dims)),
+        style.BLUE,
+        low=low,
+        high=high,
+        null=None if null is None else np.atleast_1d(null),
+    )
+    groups = [str(label) for label in reading.labels(dims[0])] if dims else [""]
+    return BarPanel(reading.title(name), reading.units(name), dims[0] if dims else "", groups, [bars])
+
+
+def _published_curves(reading: Reading, name: str, *, along: str, lines: str | None) -> CurvePanel:
+    x = reading.labels(along).astype(float)
+    labels = [""] if lines is None else [f"{lines} = {label}" for label in reading.labels(lines)]
+    curves = []
+    for row, label in enumerate(labels):
+        part = reading if lines is None else Reading(reading.dataset.isel({lines: row}))
+        low, high = part.interval(name, along)
+        curves.append(
+            Curve(
+                label,
+                x,
+                part.values(name, along),
+                style.color(row),
+                low=low,
+                high=high,
+                null=part.null(name, along),
+                symbol=style.symbol(row),
+            )
+        )
+    return CurvePanel(reading.title(name), reading.units(name), curves, x_title=along)
+
+
+PANELS: dict[str, Callable[[xr.Dataset], list[Panel]]] = {
+    "induction": induction,
+    "hydra": hydra,
+    "function_vectors": function_vectors,
+    "published": published,
+}

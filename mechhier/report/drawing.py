@@ -1,0 +1,399 @@
+"""`draw`: a grid of panels as one plotly figure.
+
+Grid, legend, colour bars and margins are laid out in pixels, so that titles, legends and labels do not meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from mechhier.report import style
+from mechhier.report.panels import BarPanel, Curve, CurvePanel, HeatPanel, Panel, Vector, hover_text
+
+PAGE_WIDTH = 960  # pixels the sizes below are laid out for; a figure stretches with its page
+PANEL_HEIGHT = 215
+AXIS_HEIGHT = 52  # tick labels and axis title under a panel
+LINE_HEIGHT = 17  # one line of a panel title or of the legend
+TICK_SPACING = 0.058  # of the page's width: the least distance of two tick labels
+MAX_CELL_LABELS = 80  # more cells than this in a heatmap: no number is written in them
+
+
+@dataclass
+class _Legend:
+    """Which labels have been given a legend entry, and the note on dashed lines or marks."""
+
+    shown: list[str] = field(default_factory=list)
+
+    def entry(self, label: str) -> dict[str, Any]:
+        first = bool(label) and label not in self.shown
+        if first:
+            self.shown.append(label)
+        return {"name": style.text(label), "legendgroup": label, "showlegend": first}
+
+    @property
+    def rows(self) -> int:
+        pixels = sum(48 + 6.4 * len(label) for label in self.shown)
+        return math.ceil(pixels / (PAGE_WIDTH - 100))
+
+
+def draw(panels: Sequence[Panel], *, title: str, columns: int, null_label: str = "") -> go.Figure:
+    """Draw panels in a grid, row by row.
+
+    Args:
+        panels: at least one.
+        title: of the whole figure.
+        columns: panels in a row.
+        null_label: what a dashed line or an open mark stands for, for the legend.
+
+    Returns:
+        A figure as wide as its page, its height fitting its rows.
+    """
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    characters = int((PAGE_WIDTH - 64) / columns / 7.6) - 6
+    titles = [style.wrapped(panel.title, characters) for panel in panels]
+    title_height = max(t.count("<br>") + 1 for t in titles) * LINE_HEIGHT + 6
+    gap = title_height + AXIS_HEIGHT
+    plot_height = rows * PANEL_HEIGHT + (rows - 1) * gap
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=titles,
+        vertical_spacing=gap / plot_height if rows > 1 else 0.0,
+        horizontal_spacing=(118 if any(isinstance(p, HeatPanel) for p in panels) else 74) / PAGE_WIDTH,
+    )
+    figure.update_annotations(font_size=style.PANEL_TITLE_SIZE, yanchor="bottom", yshift=2)
+    legend = _Legend()
+    has_null = False
+    for index, panel in enumerate(panels):
+        cell = {"row": index // columns + 1, "col": index % columns + 1}
+        bottom = index + columns >= len(panels)
+        if isinstance(panel, HeatPanel):
+            _heat(figure, panel, cell, bottom, columns)
+        elif isinstance(panel, BarPanel):
+            has_null |= _bars(figure, panel, cell, legend)
+        else:
+            has_null |= _curves(figure, panel, cell, bottom, columns, legend)
+    if has_null and null_label:
+        entry = legend.entry(null_label)
+        figure.add_scatter(
+            x=[None], y=[None], mode="lines", line={"color": style.GREY, "width": 1.5, "dash": "dash"}, **entry
+        )
+    note = next((panel.scale.note for panel in panels if not isinstance(panel, BarPanel) and panel.scale), "")
+    bottom_height = AXIS_HEIGHT + (LINE_HEIGHT + 8 if note else 4)
+    if note:
+        figure.add_annotation(
+            x=0,
+            y=0,
+            xref="paper",
+            yref="paper",
+            xanchor="left",
+            yanchor="top",
+            yshift=-AXIS_HEIGHT,
+            showarrow=False,
+            text=note,
+            font={"size": 11, "color": style.GREY},
+        )
+    legend_height = legend.rows * (LINE_HEIGHT + 4) + (8 if legend.rows else 0)
+    top = 44 + legend_height + title_height
+    style.base_layout(
+        figure,
+        title=style.text(title),
+        height=top + plot_height + bottom_height,
+        top=top,
+        bottom=bottom_height,
+        right=70 if any(isinstance(p, HeatPanel) for p in panels) else 24,
+    )
+    figure.update_layout(
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1 + (title_height + 4) / plot_height,
+            "yanchor": "bottom",
+        }
+    )
+    return figure
+
+
+def _curves(
+    figure: go.Figure, panel: CurvePanel, cell: dict[str, Any], bottom: bool, columns: int, legend: _Legend
+) -> bool:
+    has_null = False
+    if panel.band is not None:
+        figure.add_hrect(
+            y0=panel.band[0],
+            y1=panel.band[1],
+            fillcolor=style.translucent(style.GREY, 0.15),
+            line_width=0,
+            layer="below",
+            **cell,
+        )
+    for curve in panel.curves:
+        x = curve.x if panel.scale is None else panel.scale.position(curve.x)
+        if curve.low is not None and curve.high is not None:
+            figure.add_scatter(**_band(x, curve.low, curve.high), **_band_style(curve), legendgroup=curve.label, **cell)
+        if curve.null is not None and np.isfinite(curve.null).any():
+            has_null = True
+            line = {"color": curve.color, "width": 1.5, "dash": "dash"}
+            figure.add_scatter(
+                x=x,
+                y=curve.null,
+                mode="lines" if len(x) > 1 else "markers",
+                marker={"symbol": "line-ew-open", "size": 14, "color": curve.color},
+                line=line,
+                legendgroup=curve.label,
+                showlegend=False,
+                hoverinfo="skip",
+                **cell,
+            )
+        figure.add_scatter(
+            x=x,
+            y=curve.y,
+            mode="lines" if curve.symbol is None else "lines+markers",
+            line={"color": curve.color, "width": 2, "dash": curve.dash},
+            marker={"symbol": curve.symbol or "circle", "size": 6},
+            text=_curve_hover(curve, panel),
+            hovertemplate="%{text}<extra></extra>",
+            **legend.entry(curve.label),
+            **cell,
+        )
+    if not any(np.isfinite(curve.y).any() for curve in panel.curves):
+        _say_empty(figure, cell)
+    figure.update_yaxes(
+        title={"text": style.wrapped(panel.y_title, 26), "standoff": 6},
+        rangemode="tozero" if panel.from_zero else "normal",
+        **cell,
+    )
+    if panel.scale is not None:
+        figure.update_xaxes(**panel.scale.axis(title=bottom, spacing=TICK_SPACING * columns), **cell)
+    else:
+        figure.update_xaxes(title={"text": style.text(panel.x_title), "standoff": 6}, tickformat="d", **cell)
+        figure.update_xaxes(**_whole_number_ticks([c.x for c in panel.curves]), **cell)
+    return has_null
+
+
+def _whole_number_ticks(positions: Sequence[Vector]) -> dict[str, Any]:
+    known = np.concatenate([*positions]) if positions else np.zeros(1)
+    first, last = float(known.min()), float(known.max())
+    pad = 0.06 * (last - first) or 0.5
+    return {"range": [first - pad, last + pad], "dtick": max(1, math.ceil((last - first) / 8))}
+
+
+def _band(x: Vector, low: Vector, high: Vector) -> dict[str, Any]:
+    """Return one closed polygon for every run of points whose interval is known; runs are parted by None."""
+    known = np.isfinite(low) & np.isfinite(high)
+    starts = np.flatnonzero(known & ~np.r_[False, known[:-1]])
+    ends = np.flatnonzero(known & ~np.r_[known[1:], False]) + 1
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for start, end in zip(starts, ends, strict=True):
+        run = slice(start, end)
+        xs += [*x[run].tolist(), *x[run][::-1].tolist(), None]
+        ys += [*high[run].tolist(), *low[run][::-1].tolist(), None]
+    return {"x": xs, "y": ys}
+
+
+def _band_style(curve: Curve) -> dict[str, Any]:
+    return {
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": style.translucent(curve.color, 0.18),
+        "line": {"width": 1, "color": style.translucent(curve.color, 0.25)},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def _curve_hover(curve: Curve, panel: CurvePanel) -> list[str]:
+    where = "step" if panel.scale is not None else panel.x_title
+    return [
+        hover_text(
+            f"{style.text(curve.label)}<br>{style.text(where)} {curve.x[i]:,g}",
+            curve.y[i],
+            None if curve.low is None else curve.low[i],
+            None if curve.high is None else curve.high[i],
+            None if curve.null is None else curve.null[i],
+        )
+        for i in range(len(curve.x))
+    ]
+
+
+def _heat(figure: go.Figure, panel: HeatPanel, cell: dict[str, Any], bottom: bool, columns: int) -> None:
+    low, high = panel.limits
+    marks = np.zeros(panel.z.shape, dtype=bool) if panel.marks is None else panel.marks
+    labelled = panel.z.size <= MAX_CELL_LABELS and panel.scale is None
+    labels = [
+        [
+            (f"{value:.2f}" if labelled and math.isfinite(value) else "") + ("★" if mark else "")
+            for value, mark in zip(values, marked, strict=True)
+        ]
+        for values, marked in zip(panel.z.tolist(), marks.tolist(), strict=True)
+    ]
+    x_domain, y_domain = _domains(figure, cell)
+    x = panel.x if panel.scale is None else panel.scale.position([float(str(step)) for step in panel.x])
+    figure.add_heatmap(
+        z=panel.z,
+        x=[style.text(label) for label in panel.x] if panel.scale is None else _edges(np.asarray(x)),
+        y=[style.text(label) for label in panel.y],
+        zmin=low,
+        zmax=high,
+        colorscale=[list(stop) for stop in (style.DIVERGING if low < 0 else style.SEQUENTIAL)],
+        xgap=1 if panel.scale is None else 0,
+        ygap=1,
+        text=labels,
+        texttemplate="%{text}",
+        customdata=panel.hover,
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=False,
+        colorbar={
+            "x": x_domain[1] + 6 / PAGE_WIDTH,
+            "xpad": 0,
+            "y": (y_domain[0] + y_domain[1]) / 2,
+            "len": y_domain[1] - y_domain[0],
+            "ypad": 0,
+            "thickness": 9,
+            "outlinewidth": 0,
+            "nticks": 5,
+            "tickfont": {"size": 10},
+            "title": {"text": style.wrapped(panel.units, 28), "side": "right", "font": {"size": 11}},
+        },
+        **cell,
+    )
+    if not np.isfinite(panel.z).any():
+        _say_empty(figure, cell)
+    figure.update_yaxes(
+        title={"text": style.text(panel.y_title), "standoff": 6},
+        type="category",
+        autorange="reversed",
+        showgrid=False,
+        tickvals=_thinned([style.text(label) for label in panel.y], 12),
+        **cell,
+    )
+    if panel.scale is None:
+        figure.update_xaxes(
+            title={"text": style.text(panel.x_title), "standoff": 6},
+            type="category",
+            showgrid=False,
+            tickangle=0,
+            tickvals=_thinned([style.text(label) for label in panel.x], _room(panel.x, columns)),
+            **cell,
+        )
+    else:
+        spacing = 1.3 * TICK_SPACING * columns  # the colour bar makes the axis shorter
+        figure.update_xaxes(**panel.scale.axis(title=bottom, spacing=spacing), showgrid=False, **cell)
+
+
+def _room(labels: Sequence[object], columns: int) -> int:
+    """Return how many of these labels fit side by side under one panel."""
+    longest = max((len(str(label)) for label in labels), default=1)
+    return max(2, int(PAGE_WIDTH * 0.8 / columns / (7.5 * longest + 4)))
+
+
+def _thinned(labels: Sequence[str], most: int) -> list[str]:
+    """Return every n-th label, so that at most `most` are left."""
+    return list(labels[:: max(1, math.ceil(len(labels) / most))])
+
+
+def _edges(centers: Vector) -> Vector:
+    """Return cell borders half-way between neighbouring positions (a heatmap's columns then tile the axis)."""
+    if len(centers) == 1:
+        return np.array([centers[0] - 0.5, centers[0] + 0.5])
+    middle = (centers[1:] + centers[:-1]) / 2
+    return np.concatenate([[centers[0] - (middle[0] - centers[0])], middle, [2 * centers[-1] - middle[-1]]])
+
+
+def _bars(figure: go.Figure, panel: BarPanel, cell: dict[str, Any], legend: _Legend) -> bool:
+    positions = np.arange(len(panel.groups), dtype=float)
+    width = 0.8 / max(1, len(panel.series))
+    has_null = False
+    for index, bars in enumerate(panel.series):
+        x = positions + (index - (len(panel.series) - 1) / 2) * width
+        error = None
+        if bars.low is not None and bars.high is not None:
+            error = {
+                "type": "data",
+                "symmetric": False,
+                "array": np.nan_to_num(np.maximum(bars.high - bars.y, 0)),
+                "arrayminus": np.nan_to_num(np.maximum(bars.y - bars.low, 0)),
+                "color": "#333333",
+                "thickness": 1,
+                "width": 2,
+            }
+        hover = [
+            hover_text(
+                f"{style.text(group)}<br>{style.text(bars.label)}",
+                bars.y[i],
+                None if bars.low is None else bars.low[i],
+                None if bars.high is None else bars.high[i],
+                None if bars.null is None else bars.null[i],
+            )
+            for i, group in enumerate(panel.groups)
+        ]
+        figure.add_bar(
+            x=x,
+            y=bars.y,
+            width=width * 0.92,
+            marker={"color": bars.color},
+            error_y=error,
+            hovertext=hover,
+            hovertemplate="%{hovertext}<extra></extra>",
+            **legend.entry(bars.label),
+            **cell,
+        )
+        if bars.null is not None and np.isfinite(bars.null).any():
+            has_null = True
+            half = width * 0.46
+            xs = [value for center in x.tolist() for value in (center - half, center + half, None)]
+            ys = [value for null in bars.null.tolist() for value in (null, null, None)]
+            figure.add_scatter(
+                x=xs,
+                y=ys,
+                mode="lines",
+                line={"color": style.BLACK, "width": 2, "dash": "dot"},
+                legendgroup=bars.label,
+                showlegend=False,
+                hoverinfo="skip",
+                **cell,
+            )
+    if not any(np.isfinite(bars.y).any() for bars in panel.series):
+        _say_empty(figure, cell)
+    figure.update_xaxes(
+        tickmode="array",
+        tickvals=positions.tolist(),
+        ticktext=[style.text(group) for group in panel.groups],
+        range=[-0.6, len(panel.groups) - 0.4],
+        title={"text": style.text(panel.x_title), "standoff": 6},
+        showgrid=False,
+        **cell,
+    )
+    figure.update_yaxes(title={"text": style.wrapped(panel.y_title, 26), "standoff": 6}, **cell)
+    figure.add_hline(y=0, line={"color": "#999999", "width": 1}, **cell)
+    return has_null
+
+
+def _say_empty(figure: go.Figure, cell: dict[str, Any]) -> None:
+    """Write into a panel that it has nothing to show (a plain white panel would look like a bug)."""
+    x_domain, y_domain = _domains(figure, cell)
+    figure.add_annotation(
+        x=sum(x_domain) / 2,
+        y=sum(y_domain) / 2,
+        xref="paper",
+        yref="paper",
+        showarrow=False,
+        text="no value is defined here",
+        font={"color": style.GREY},
+    )
+
+
+def _domains(figure: go.Figure, cell: dict[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return a panel's place in the figure: its x and its y domain, as fractions of the plotting area."""
+    subplot: Any = figure.get_subplot(cell["row"], cell["col"])
+    return subplot.xaxis.domain, subplot.yaxis.domain

@@ -1,0 +1,191 @@
+"""`plot`: from a result to a figure, by the phenomenon it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from mechhier.report import checkpoint, style, training
+from mechhier.report.drawing import draw
+from mechhier.report.panels import Curve, CurvePanel, Panel, with_prefix
+from mechhier.report.reading import by_phenomenon, require_one_kind
+
+TITLES = {
+    "induction": "Induction heads",
+    "hydra": "Hydra effect: what the rest of the model does when a layer is ablated",
+    "function_vectors": "Function vectors",
+    "published": "Scores as published",
+}
+NULLS = {
+    "induction": "null: uniform attention",
+    "hydra": "null: random perturbation of the same norm",
+    "function_vectors": "null",
+    "published": "null",
+}
+COLUMNS = {"induction": 3, "hydra": 2, "function_vectors": 2, "published": 3}
+MAX_COLUMNS = 4
+
+
+@runtime_checkable
+class HasLog(Protocol):
+    """Anything with a training log, above all a `mechhier.models.Run`."""
+
+    @property
+    def log(self) -> pd.DataFrame:
+        """Columns step, loss and eval_loss (nats per token)."""
+        ...
+
+
+def plot(
+    result: xr.Dataset | xr.DataTree | Mapping[str, xr.Dataset] | pd.DataFrame | HasLog, *, title: str | None = None
+) -> go.Figure:
+    """Draw a result: of one model, over training, of several arms, or a training log.
+
+    Over training (a `step` dim) the figure shows curves with their intervals and nulls, one line per arm; the step axis
+    is logarithmic but shows step 0 (see `mechhier.report.style.StepScale`). Without `step` it shows the model's heads,
+    layers and components.
+
+    Args:
+        result: the dataset of a phenomenon, the tree of a sweep, one phenomenon's datasets by arm, a run or its log.
+        title: of the figure; the default names the phenomenon and the model.
+
+    Returns:
+        A plotly figure; nothing global is changed.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for an unknown phenomenon, or a dataset in which there is nothing to draw.
+
+    Example:
+        >>> scores = xr.Dataset({"IND": (("layer", "head"), [[0.1, 0.9]])}, attrs={"phenomenon": "induction"})
+        >>> plot(scores).layout.title.text
+        'Induction heads'
+    """
+    if isinstance(result, xr.Dataset):
+        return _plot_arms({"": result}, title)
+    if isinstance(result, xr.DataTree):
+        return _plot_tree(by_phenomenon(result), title)
+    if isinstance(result, pd.DataFrame):
+        return plot_loss({"": result})
+    if isinstance(result, Mapping) and all(isinstance(dataset, xr.Dataset) for dataset in result.values()):
+        return _plot_arms(dict(result), title)
+    if isinstance(result, HasLog):
+        return plot_loss({"": result.log})
+    raise TypeError(
+        f"cannot plot a {type(result).__name__}: accepted are the Dataset of a phenomenon, the DataTree of a sweep, a "
+        "mapping from arm to Dataset, a run, and a run's log"
+    )
+
+
+def _plot_arms(arms: dict[str, xr.Dataset], title: str | None) -> go.Figure:
+    phenomenon = require_one_kind(arms)
+    over_training = all("step" in dataset.dims for dataset in arms.values())
+    scale = style.StepScale.of(training.all_steps(arms)) if over_training else None
+    panels = _panels(phenomenon, arms, scale)
+    columns = COLUMNS[phenomenon]
+    if over_training:
+        columns = _training_columns(phenomenon, arms, panels)
+    model = next(iter(arms.values())).attrs.get("model") if len(arms) == 1 else None
+    words = TITLES[phenomenon] + (f" ({model})" if model else "")
+    return draw(panels, title=title or words, columns=columns, null_label=NULLS[phenomenon])
+
+
+def _training_columns(phenomenon: str, arms: Mapping[str, xr.Dataset], panels: list[Panel]) -> int:
+    if phenomenon == "hydra":
+        # A row is one term: its columns are the ablated components (curves) or the arms and components (heatmaps).
+        return min(MAX_COLUMNS, len(panels) // len([t for t in training.HYDRA_OVER_TRAINING if t in _first(arms)]))
+    return min(COLUMNS[phenomenon], len(panels))
+
+
+def _first(arms: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    return next(iter(arms.values()))
+
+
+def _plot_tree(sorted_leaves: dict[str, dict[str, xr.Dataset]], title: str | None) -> go.Figure:
+    if len(sorted_leaves) == 1:
+        return _plot_arms(next(iter(sorted_leaves.values())), title)
+    steps = [
+        step
+        for arms in sorted_leaves.values()
+        for step in training.all_steps({a: d for a, d in arms.items() if "step" in d.dims})
+    ]
+    scale = style.StepScale.of(steps) if steps else None
+    panels: list[Panel] = []
+    for phenomenon, arms in sorted_leaves.items():
+        named = {arm: dataset.assign_attrs(phenomenon=phenomenon) for arm, dataset in arms.items()}
+        require_one_kind(named)
+        short = phenomenon.replace("_", " ")
+        panels += [with_prefix(panel, short) for panel in _panels(phenomenon, named, scale)]
+    words = title or " · ".join(name.replace("_", " ") for name in sorted_leaves)
+    return draw(panels, title=words, columns=3, null_label="null")
+
+
+def _panels(phenomenon: str, arms: Mapping[str, xr.Dataset], scale: style.StepScale | None) -> list[Panel]:
+    if scale is not None and all("step" in dataset.dims for dataset in arms.values()):
+        panels = training.PANELS[phenomenon](arms, scale)
+    else:
+        panels = [with_prefix(p, arm) for arm, dataset in arms.items() for p in checkpoint.PANELS[phenomenon](dataset)]
+    if not panels:
+        found = sorted({str(name) for dataset in arms.values() for name in dataset.data_vars})
+        raise ValueError(f"nothing to draw in this {phenomenon} result: it holds {', '.join(found) or 'no variable'}")
+    return panels
+
+
+def plot_loss(
+    logs: Mapping[str, pd.DataFrame], floors: Mapping[str, tuple[float, float]] | None = None, *, title: str = "Loss"
+) -> go.Figure:
+    """Draw the loss of every arm over training against the floor of its language.
+
+    Args:
+        logs: arm -> log with the columns step, loss (training) and eval_loss (held-out; NaN where not evaluated), in
+            nats per token.
+        floors: arm -> (lower, upper) bound in nats per token of the loss that no model can be below; equal where the
+            floor is known exactly. Arms without one are drawn without.
+        title: of the figure.
+
+    Returns:
+        A plotly figure, a panel per arm.
+
+    Raises:
+        ValueError: for no log, a log without the columns, or a floor of an arm that has no log.
+    """
+    if not logs:
+        raise ValueError("cannot plot the loss: no log was given")
+    floors = floors or {}
+    unknown = sorted(set(floors) - set(logs))
+    if unknown:
+        raise ValueError(f"floors are given for arms without a log: {', '.join(unknown)}")
+    for arm, log in logs.items():
+        missing = sorted({"step", "loss"} - set(log.columns))
+        if missing:
+            raise ValueError(f"the log of arm {arm!r} lacks {', '.join(missing)}; it has {', '.join(log.columns)}")
+    scale = style.StepScale.of(step for log in logs.values() for step in log["step"])
+    panels = [_loss_panel(arm, log, floors.get(arm), scale) for arm, log in logs.items()]
+    return draw(panels, title=title, columns=2)
+
+
+def _loss_panel(arm: str, log: pd.DataFrame, floor: tuple[float, float] | None, scale: style.StepScale) -> CurvePanel:
+    curves = [_logged(log, "loss", "training", color=style.SKY, symbol=None)]
+    if "eval_loss" in log.columns:
+        curves.append(_logged(log, "eval_loss", "held out", color=style.BLUE, symbol="circle"))
+    band = None
+    if floor is not None:
+        lower, upper = floor
+        ends = np.array([log["step"].min(), log["step"].max()], dtype=float)
+        exact = bool(np.isclose(lower, upper))
+        lines = {"floor (exact)": lower} if exact else {"floor: lower bound": lower, "floor: upper bound": upper}
+        for (label, value), dash in zip(lines.items(), ("dash", "dot"), strict=False):
+            curves.append(Curve(label, ends, np.full(2, value), style.VERMILLION, dash=dash, symbol=None))
+        band = None if exact else (lower, upper)
+    return CurvePanel(arm, "loss (nats per token)", curves, scale, band=band, from_zero=False)
+
+
+def _logged(log: pd.DataFrame, column: str, label: str, *, color: str, symbol: str | None) -> Curve:
+    steps, values = log["step"].to_numpy(dtype=float), log[column].to_numpy(dtype=float)
+    known = np.isfinite(values)
+    return Curve(label, steps[known], values[known], color, symbol=symbol)

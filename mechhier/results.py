@@ -1,0 +1,160 @@
+"""What a result is: an `xarray.Dataset` with named dims, units, intervals as variables, and its provenance in attrs.
+
+Conventions, kept by every phenomenon, sweep and figure:
+
+- every variable has `long_name` and `units`;
+- `X_low`, `X_high` are the bounds of the 95 % interval of `X`; `X_uniform`, `X_null` its baseline;
+- attrs hold phenomenon, definition, source, model, dtype, seed, sample sizes and versions, as strings and numbers, so
+  that what is returned is what is saved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from scipy import stats
+
+CONFIDENCE = 0.95
+N_RESAMPLES = 999
+_BOOTSTRAP_BYTES = 2**26
+
+Variables = dict[str, tuple[Sequence[str], np.ndarray, dict[str, str]]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a number depends on, as result attributes."""
+    return {f"{name}_version": version(name) for name in ("mechhier", "transformer_lens", "transformers", "torch")}
+
+
+def mean_interval(
+    sums: Float[np.ndarray, "sample *shape"], counts: Float[np.ndarray, "sample *shape"], *, seed: int
+) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+    """Mean of unequal samples and its 95 % percentile-bootstrap interval, whole samples resampled.
+
+    A sample is one sequence: its positions are not independent, so it is drawn as a whole. The estimate is
+    `sums.sum(0) / counts.sum(0)`.
+
+    Args:
+        sums: Per sample, the sum of the measured values.
+        counts: Per sample, how many values were summed; broadcast against `sums`.
+        seed: Seed of the resampling.
+
+    Returns:
+        Estimate, lower and upper bound; NaN where no value was counted. With one sample the bounds are NaN.
+    """
+    sums, counts = np.broadcast_arrays(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
+
+    def ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return sums.sum(axis) / counts.sum(axis)
+
+    estimate = ratio(sums, counts, 0)
+    if len(sums) < 2:
+        return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
+    with np.errstate(invalid="ignore"):
+        interval = stats.bootstrap(
+            (sums, counts),
+            ratio,
+            paired=True,
+            axis=0,
+            vectorized=True,
+            method="percentile",
+            confidence_level=CONFIDENCE,
+            n_resamples=N_RESAMPLES,
+            batch=max(1, _BOOTSTRAP_BYTES // (8 * max(1, sums.size))),
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return estimate, interval.low, interval.high
+
+
+def scored(
+    name: str,
+    dims: Sequence[str],
+    sums: Float[np.ndarray, "sample *shape"],
+    counts: Float[np.ndarray, "sample *shape"],
+    *,
+    long_name: str,
+    units: str,
+    seed: int,
+) -> Variables:
+    """The variables `name`, `name_low`, `name_high` of a mean over samples (see `mean_interval`)."""
+    values = mean_interval(sums, counts, seed=seed)
+    labels = (long_name, f"{long_name}, lower bound (95 %)", f"{long_name}, upper bound (95 %)")
+    return {
+        name + suffix: (dims, value, {"long_name": label, "units": units})
+        for suffix, value, label in zip(("", "_low", "_high"), values, labels, strict=True)
+    }
+
+
+def best_of(
+    sums: Float[np.ndarray, "sample layer head"], counts: Float[np.ndarray, "sample layer head"]
+) -> tuple[int, int, Float[np.ndarray, " half"], Float[np.ndarray, " half"]]:
+    """The head with the largest mean on every other sample, and its sums and counts on the rest.
+
+    A maximum over heads is biased up on the samples that chose it; on the others it is not.
+
+    Returns:
+        Layer, head, and the chosen head's sums and counts on the samples that did not choose it.
+    """
+    sums, counts = np.broadcast_arrays(sums, counts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = sums[::2].sum(0) / counts[::2].sum(0)
+    layer, head = np.unravel_index(np.argmax(np.nan_to_num(means, nan=-np.inf)), means.shape)
+    return int(layer), int(head), sums[1::2, layer, head], counts[1::2, layer, head]
+
+
+def save(result: xr.Dataset, path: str | Path) -> Path:
+    """Write a result as netCDF, whole or not at all (a temporary name, then renamed).
+
+    Returns:
+        The path written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        result.to_netcdf(temporary, engine="h5netcdf")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | Path) -> xr.Dataset:
+    """Read a result into memory.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is not a whole netCDF file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no result at {path}")
+    try:
+        return xr.load_dataset(path, engine="h5netcdf")
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a readable result ({error}); delete it and measure again") from error
+
+
+def netcdf_safe(attributes: dict[str, Any]) -> dict[str, str | int | float]:
+    """Attributes that netCDF can hold: booleans and None as text, the rest unchanged.
+
+    Raises:
+        TypeError: A value that is neither text, number, boolean nor None.
+    """
+    safe: dict[str, str | int | float] = {}
+    for key, value in attributes.items():
+        if value is None or isinstance(value, bool):
+            safe[key] = str(value)
+        elif isinstance(value, str | int | float):
+            safe[key] = value
+        else:
+            raise TypeError(f"attribute {key!r} is a {type(value).__name__}; results hold text and numbers")
+    return safe

@@ -1,0 +1,187 @@
+"""A corpus is the same text however it is read, and knows the floor of its language."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from mechhier.grammars import AnyGrammar, Corpus, DocumentGrammar, NGram
+
+POOL = DocumentGrammar(n_words=6, lexicon=4, binding=1.0)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Two whole blocks and a part of a third, of 2730 rows each."""
+    return POOL.corpus(tokens=6000 * 96, context=96, seed=3)
+
+
+def test_tokens_are_rounded_up_to_whole_rows():
+    corpus = POOL.corpus(tokens=1001, context=100)
+    assert (corpus.n_rows, len(corpus), corpus.n_tokens) == (11, 11, 1100)
+    assert POOL.corpus(tokens=1000).context == POOL.default_context
+
+
+def test_rows_are_the_same_in_whatever_portions_they_are_read(corpus):
+    whole = corpus.rows(0, corpus.n_rows)
+    assert whole.shape == (6000, 96)
+    assert whole.dtype == np.int64
+    assert corpus.n_blocks == 3
+    np.testing.assert_array_equal(corpus.rows(2720, 2740), whole[2720:2740])
+    np.testing.assert_array_equal(corpus[2730], whole[2730])
+    np.testing.assert_array_equal(corpus[-1], whole[5999])
+    np.testing.assert_array_equal(corpus.sample(2700, 5500).tokens, whole[2700:5500])
+    assert corpus.rows(7, 7).shape == (0, 96)
+
+
+def test_a_longer_corpus_begins_with_a_shorter_one(corpus):
+    shorter = POOL.corpus(tokens=3000 * 96, context=96, seed=3)
+    np.testing.assert_array_equal(shorter.rows(2000, 3000), corpus.rows(2000, 3000))
+
+
+def test_blocks_seeds_splits_and_grammars_are_different_streams(corpus):
+    first = corpus.rows(0, 100)
+    others = [
+        corpus.rows(2730, 2830),
+        POOL.corpus(96 * 100, context=96, seed=4).rows(0, 100),
+        corpus.held_out(tokens=96 * 100).rows(0, 100),
+        corpus.held_out("test").rows(0, 100),
+        POOL.model_copy(update={"n_sections": 3}).corpus(96 * 100, context=96, seed=3).rows(0, 100),
+    ]
+    streams = [first, *others]
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            assert (one == other).mean() < 0.5
+
+
+def test_the_text_of_a_seed_is_pinned():
+    """A change of these tokens makes every stored corpus and every result irreproducible: raise the version then."""
+    documents = DocumentGrammar(n_words=3, n_connectors=2, lexicon=2)
+    ngrams = NGram(n_tokens=9, row_exponent_mean=0.5, row_exponent_min=0.0)
+    assert documents.corpus(16, context=16).rows(0, 1).tolist() == [[1, 5, 7, 10, 0, 5, 7, 11, 5, 0, 6, 11, 0, 4, 7, 9]]
+    assert ngrams.corpus(16, context=16).rows(0, 1).tolist() == [[5, 2, 5, 0, 0, 0, 4, 1, 5, 6, 8, 1, 0, 0, 0, 0]]
+
+
+def test_held_out_text_has_the_layout_of_the_corpus_and_another_split(corpus):
+    held_out = corpus.held_out()
+    assert (held_out.split, held_out.n_rows, held_out.context, held_out.seed) == ("validation", 256, 96, 3)
+    with pytest.raises(ValueError, match="this corpus is the 'validation' split"):
+        held_out.held_out("validation")
+
+
+def test_per_document_lexicons_have_one_number_each_across_blocks():
+    corpus = DocumentGrammar(n_words=6, lexicon="per_document").corpus(tokens=3000 * 96, context=96)
+    sample = corpus.sample(2725, 2735)
+    words: dict[tuple[int, int, int], int] = {}
+    labels = [sample.labels[name].ravel().tolist() for name in ("lexicon", "category", "rank")]
+    for *key, token in zip(*labels, sample.tokens.ravel().tolist(), strict=True):
+        if key[2] >= 0:
+            assert words.setdefault(tuple(key), token) == token
+    assert np.unique(sample.labels["lexicon"][:5]).max() < np.unique(sample.labels["lexicon"][5:]).min()
+
+
+def test_packed_rows_are_one_stream_cut_into_rows():
+    corpus = POOL.corpus(tokens=200 * 50, context=50, packed=True)
+    text = "".join("svoc<"[c] for c in POOL.token_categories[corpus.rows(0, 200).ravel()])
+    parts = text.split("<")[:-1]
+    assert set(parts) == {"vso", "svo", "svocsvo", "svocsvocsvo"}
+
+
+def test_description_describes_the_corpus_again(corpus):
+    again = Corpus.from_description(corpus.description)
+    assert again == corpus
+    with pytest.raises(ValidationError):
+        Corpus.from_description(corpus.description | {"grammar": {"kind": "document", "n_words": 0}})
+
+
+def test_a_grammar_is_read_by_its_kind():
+    adapter = TypeAdapter(AnyGrammar)
+    assert adapter.validate_python({"kind": "ngram", "n_tokens": 5}) == NGram(n_tokens=5)
+    read = adapter.validate_python({"kind": "document", "lexicon": 8, "n_words": [3, 4, 5]})
+    assert read == DocumentGrammar(lexicon=8, n_words=(3, 4, 5))
+    for grammar in (POOL, NGram.paper(), DocumentGrammar.paper(), read):
+        assert adapter.validate_json(grammar.model_dump_json()) == grammar
+    with pytest.raises(ValidationError, match="'document', 'ngram'"):
+        adapter.validate_python({"kind": "dyck"})
+
+
+def test_a_corpus_can_be_pickled_and_leaves_its_blocks_behind(corpus):
+    expected = corpus.rows(0, 2)
+    data = pickle.dumps(corpus)
+    assert len(data) < 50_000
+    np.testing.assert_array_equal(pickle.loads(data).rows(0, 2), expected)
+
+
+def test_floor_of_an_exact_language_is_its_predictors_loss_on_held_out_rows():
+    corpus = POOL.corpus(tokens=96 * 1000, context=96)
+    floor = corpus.floor(n_rows=40)
+    loss, _ = POOL.floor_bounds(corpus.held_out().sample(0, 40))
+    np.testing.assert_allclose(floor.floor_lower, loss.mean(axis=0))
+    np.testing.assert_allclose(floor.floor_upper, loss.mean(axis=0))
+    assert float(floor.floor_lower_mean) == pytest.approx(loss[:, 1:].mean())
+    assert floor.floor_lower_mean_low < floor.floor_lower_mean < floor.floor_lower_mean_high
+    assert all(v.attrs["units"] == "nats" and v.attrs["long_name"] for v in floor.data_vars.values())
+    assert (floor.attrs["split"], floor.attrs["n_rows"]) == ("validation", 40)
+
+
+def test_floor_of_a_held_out_corpus_is_measured_on_itself():
+    held_out = NGram().corpus(tokens=64 * 300, context=64).held_out("test", tokens=64 * 20)
+    floor = held_out.floor()
+    loss, _ = held_out.grammar.floor_bounds(held_out.sample(0, 20))
+    np.testing.assert_allclose(floor.floor_lower, loss.mean(axis=0))
+    assert (floor.attrs["split"], floor.attrs["n_rows"]) == ("test", 20)
+
+
+def test_floor_of_per_document_lexicons_has_two_bounds():
+    floor = DocumentGrammar(zipf=2.0).corpus(tokens=96 * 1000, context=96).floor(n_rows=20)
+    assert float(floor.floor_lower_mean) < float(floor.floor_upper_mean) - 0.5
+
+
+def test_floor_of_packed_rows_is_refused(corpus):
+    packed = POOL.corpus(tokens=1000, context=50, packed=True)
+    with pytest.raises(ValueError, match="packed=False"):
+        packed.floor()
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        corpus.floor(n_rows=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"tokens": 95, "context": 96}, "at least context = 96"),
+        ({"tokens": 1000, "context": 3}, "at least 4"),
+        ({"tokens": 1000, "seed": -1}, "0 or more"),
+        ({"tokens": 1000, "split": "dev"}, "train, validation, test"),
+    ],
+)
+def test_a_wrong_corpus_is_refused_with_what_is_accepted(values, says):
+    with pytest.raises(ValueError, match=says):
+        POOL.corpus(**values)
+
+
+def test_rows_out_of_range_are_refused(corpus):
+    with pytest.raises(ValueError, match="of a corpus of 6000 rows"):
+        corpus.rows(5990, 6001)
+    with pytest.raises(ValueError, match="0 <= start <= stop"):
+        corpus.rows(5, 4)
+    with pytest.raises(ValueError, match="at least one row"):
+        corpus.sample(5, 5)
+    for index in (6000, -6001):
+        with pytest.raises(IndexError, match="6000 rows"):
+            corpus[index]
+
+
+def test_a_large_vocabulary_is_kept_in_32_bits():
+    large = DocumentGrammar(n_words=30_000, lexicon="fixed").corpus(tokens=2**12, context=2**10)
+    assert large.dtype == np.uint32
+    assert large.rows(0, 4).max() > 2**16
+    assert POOL.corpus(1000).dtype == np.uint16
+
+
+def test_grammars_import_neither_torch_nor_transformers():
+    code = "import sys, mechhier.grammars; print(*{'torch', 'transformers', 'pandas'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""

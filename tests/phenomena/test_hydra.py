@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from random_models import ARCHITECTURES, CLASSES, random_hf, random_hooked, random_tokens
+
+import mechhier as mh
+from mechhier.models import load_model
+from mechhier.models.planted import planted_inert
+from mechhier.probes import Hooked
+
+TERMS = ("own_change", "attention_growth", "mlp_change", "norm_change")
+
+
+def measure(model, **options):
+    return mh.phenomena.hydra(model, random_tokens(6, 12), min_probability=0.0, **{"n_patches": 3, **options})
+
+
+@pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_identity_is_exact(architecture, kind, ablation):
+    result = measure(random_hooked(architecture, kind), ablation=ablation)
+    assert result.identity_error < 1e-4
+    assert result.upstream_error < 1e-5
+    total = sum(result[term] for term in TERMS)
+    np.testing.assert_allclose(total, result.total_effect, atol=1e-4)
+    assert abs(result.total_effect).min() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+def test_total_effect_of_mean_ablation_equals_raw_pytorch_hooks(architecture):
+    """Brute force on the Hugging Face model: one full pass with one layer's attention replaced by its mean."""
+    hf, tokens = random_hf(architecture), random_tokens(6, 12)
+    result = measure(load_model(hf), ablation="mean")
+    body = hf.base_model
+    blocks = getattr(body, "layers", None) or body.h
+    with torch.no_grad():
+        clean = hf(tokens).logits
+    target = clean.argmax(-1, keepdim=True)
+    for layer, block in enumerate(blocks):
+        attention = getattr(block, "self_attn", None) or getattr(block, "attn", None) or block.attention
+
+        def to_mean(module, inputs, output):
+            return (output[0].mean((0, 1), keepdim=True).expand_as(output[0]), *output[1:])
+
+        handle = attention.register_forward_hook(to_mean)
+        with torch.no_grad():
+            ablated = hf(tokens).logits
+        handle.remove()
+        effect = (ablated - ablated.mean(-1, keepdim=True)) - (clean - clean.mean(-1, keepdim=True))
+        expected = effect.gather(-1, target).mean()
+        assert float(result.total_effect.sel(component="attention", layer=layer)) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_direct_effect_equals_removing_the_write_from_the_last_residual_stream(architecture):
+    """With the scale frozen the direct effect is what is lost when the write alone is subtracted before the final norm."""
+    hf = random_hf(architecture)
+    hooked, tokens = Hooked(load_model(hf)), random_tokens(6, 12)
+    writes, stream, scale = [], [], []
+    logits = hooked.run(
+        tokens,
+        [("mlp_out", 1, writes.append), ("resid_post", 2, stream.append), ("final_scale", None, scale.append)],
+    )
+    norm = hf.transformer.ln_f if architecture == "gpt2" else hf.model.norm
+    bias = norm.bias if architecture == "gpt2" else 0.0
+
+    def frozen(x):
+        x = x - x.mean(-1, keepdim=True) if architecture == "gpt2" else x
+        out = (x / scale[0] * norm.weight + bias) @ hf.lm_head.weight.T
+        return (out - out.mean(-1, keepdim=True)).gather(-1, logits.argmax(-1, keepdim=True))
+
+    expected = (frozen(stream[0]) - frozen(stream[0] - writes[0])).mean()
+    result = measure(load_model(hf))
+    assert float(result.direct_effect.sel(component="mlp", layer=1)) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_resampling_equals_a_plain_loop_over_donors():
+    model, tokens = load_model(random_hf("llama")), random_tokens(6, 12)
+    hooked = Hooked(model)
+    writes = []
+    clean = hooked.run(tokens, [("attn_out", 0, writes.append)])
+    target = clean.argmax(-1, keepdim=True)
+    effects = []
+    for row in range(6):
+        for shift in (1, 2, 3):
+            donor = writes[0][(row - shift) % 6][None]
+            logits = hooked.run(tokens[row : row + 1], [("attn_out", 0, lambda _, donor=donor: donor)])
+            change = (logits - logits.mean(-1, keepdim=True)) - (clean - clean.mean(-1, keepdim=True))[row : row + 1]
+            effects.append(change.gather(-1, target[row : row + 1]).mean())
+    result = measure(model)
+    expected = float(torch.stack(effects).mean())
+    assert float(result.total_effect.sel(component="attention", layer=0)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_last_layer_of_a_parallel_model_repairs_only_through_the_norm(kind):
+    last = measure(random_hooked("gpt_neox", kind)).sel(layer=2)
+    np.testing.assert_array_equal(last.attention_growth, 0.0)
+    np.testing.assert_array_equal(last.mlp_change, 0.0)
+    np.testing.assert_allclose(last.self_repair, last.norm_change, atol=1e-4)
+    assert abs(last.norm_change).min() > 1e-4
+
+
+def test_response_matrix_is_causal_and_adds_up_to_growth():
+    result = measure(random_hooked("llama", None))
+    for component in ("attention", "mlp"):
+        for layer in range(3):
+            row = result.response.sel(component=component, layer=layer)
+            assert (row.sel(responding_layer=slice(0, layer - 1)) == 0).all() if layer else True
+            assert (row.sel(responding_component="attention", responding_layer=layer) == 0).all()
+            growth = row.sel(responding_component="attention").sum()
+            np.testing.assert_allclose(
+                growth, result.attention_growth.sel(component=component, layer=layer), atol=1e-5
+            )
+
+
+def test_compensation_is_the_least_squares_slope():
+    """Against numpy's polyfit on the same points, taken from a run with one donor."""
+    model, tokens = load_model(random_hf("llama")), random_tokens(6, 12)
+    result = mh.phenomena.hydra(model, tokens, ablation="zero", min_probability=0.0)
+    hooked, W_U = Hooked(model), model.W_U.detach()
+    seen = {}
+    clean = hooked.run(tokens, [("mlp_out", 0, lambda x: seen.update(w=x)), ("final_scale", None, lambda x: seen.update(s=x))])
+    target = clean.argmax(-1)
+    u = ((W_U - W_U.mean(1, keepdim=True)) * hooked.final_gain[:, None]).T[target]
+    direct = ((seen["w"] * u).sum(-1) / seen["s"][..., 0]).flatten()
+    ablated = hooked.run(tokens, [("mlp_out", 0, torch.zeros_like)])
+    centred = [x.gather(-1, target[..., None])[..., 0] - x.mean(-1) for x in (ablated, clean)]
+    repair = (centred[0] - centred[1]).flatten() + direct
+    slope = np.polyfit(direct.double().numpy(), repair.double().numpy(), 1)[0]
+    assert float(result.compensation.sel(component="mlp", layer=0)) == pytest.approx(slope, abs=1e-4)
+
+
+def test_inert_layers_have_no_effect_and_no_repair():
+    result = mh.phenomena.hydra(load_model(planted_inert().model), min_probability=0.0, n_patches=4, n_sequences=8)
+    for term in ("total_effect", *TERMS, "self_repair"):
+        np.testing.assert_allclose(result[term], 0.0, atol=1e-5)
+
+
+def test_results_do_not_depend_on_batch_size_or_class(monkeypatch):
+    whole = measure(random_hooked("llama-gqa", "bridge"))
+    monkeypatch.setattr(Hooked, "batch_size", lambda self, length: 4)
+    for kind in ("bridge", None):
+        other = measure(random_hooked("llama-gqa", kind))
+        for name in ("total_effect", "attention_growth", "response", "compensation", "self_repair_null"):
+            np.testing.assert_allclose(whole[name], other[name], atol=1e-4)
+
+
+def test_no_position_gives_nan_and_says_so():
+    result = mh.phenomena.hydra(random_hooked("llama", None), random_tokens(6, 12), min_probability=1.0, n_patches=3)
+    assert int(result.n_positions) == 0
+    assert int(result.n_positions_total) == 72
+    assert result.total_effect.isnull().all()
+
+
+def test_a_model_whose_hooks_are_not_deterministic_is_refused():
+    model = random_hooked("llama", None)
+    model.hook_dict["blocks.1.attn.hook_z"].add_hook(lambda z, hook: z + torch.randn_like(z))
+    with pytest.raises(RuntimeError, match="not deterministic"):
+        measure(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"ablation": "zeros"}, "resample, mean, zero"), ({"n_patches": 6}, "n_patches must lie in 1..5")],
+)
+def test_ablations_that_cannot_be_done_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        measure(random_hooked("llama", None), **options)

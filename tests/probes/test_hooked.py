@@ -1,0 +1,201 @@
+"""The adapter against Hugging Face's own forward pass, for every architecture and both classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_models import ARCHITECTURES, CLASSES, CONTEXT, random_hf, random_hooked, random_tokens
+
+from mechhier.probes import Hooked, patterns, reduce_patterns
+
+EVERY_MODEL = [pytest.mark.parametrize("architecture", ARCHITECTURES), pytest.mark.parametrize("kind", CLASSES)]
+IN_BLOCK = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "pattern")
+
+
+def every_model(test):
+    for mark in EVERY_MODEL:
+        test = mark(test)
+    return test
+
+
+def blocks_of(hf):
+    """The list of blocks of a Hugging Face model, whatever it is called."""
+    body = hf.base_model
+    return getattr(body, "layers", None) or body.h
+
+
+def record(hooked, tokens, sites):
+    seen = {}
+
+    def keep(site, layer):
+        def read(activation):
+            seen[(site, layer)] = activation.clone()
+
+        return read
+
+    hooks = [(site, layer, keep(site, layer)) for site in sites for layer in range(hooked.n_layers)]
+    logits = hooked.run(tokens, hooks)
+    return logits, seen
+
+
+@every_model
+def test_logits_patterns_and_residual_stream_equal_hugging_faces(architecture, kind):
+    hf, tokens = random_hf(architecture), random_tokens()
+    with torch.no_grad():
+        expected = hf(tokens, output_attentions=True, output_hidden_states=True)
+    hooked = Hooked(random_hooked(architecture, kind))
+    logits, seen = record(hooked, tokens, ("pattern", "resid_pre"))
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
+    for layer in range(hooked.n_layers):
+        torch.testing.assert_close(seen[("pattern", layer)], expected.attentions[layer], atol=1e-4, rtol=0)
+        torch.testing.assert_close(seen[("resid_pre", layer)], expected.hidden_states[layer], atol=1e-4, rtol=1e-4)
+
+
+@every_model
+def test_writes_add_up_to_the_residual_stream_and_heads_to_attn_out(architecture, kind):
+    hooked = Hooked(random_hooked(architecture, kind))
+    _, seen = record(hooked, random_tokens(), IN_BLOCK)
+    total = seen[("resid_pre", 0)]
+    for layer in range(hooked.n_layers):
+        total = total + seen[("attn_out", layer)] + seen[("mlp_out", layer)]
+        torch.testing.assert_close(total, seen[("resid_post", layer)], atol=1e-4, rtol=1e-4)
+        heads = torch.einsum("bphd,hdm->bpm", seen[("z", layer)], hooked.W_O(layer))
+        bias = seen[("attn_out", layer)] - heads
+        torch.testing.assert_close(bias, bias[:1, :1].expand_as(bias), atol=1e-4, rtol=0)
+
+
+@every_model
+def test_final_scale_gain_and_unembedding_give_the_logits(architecture, kind):
+    hooked, tokens = Hooked(random_hooked(architecture, kind)), random_tokens()
+    streams, scales = [], []
+    logits = hooked.run(
+        tokens, [("resid_post", hooked.n_layers - 1, streams.append), ("final_scale", None, scales.append)]
+    )
+    assert scales[0].shape == (*tokens.shape, 1)
+    x = streams[0]
+    if hooked.final_norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    by_hand = (x / scales[0] * hooked.final_gain) @ hooked.W_U
+    # What is left are the norm's and the unembedding's biases, the same at every position.
+    rest = logits - by_hand
+    torch.testing.assert_close(rest, rest[:1, :1].expand_as(rest), atol=1e-4, rtol=0)
+
+
+@every_model
+def test_starting_at_a_layer_equals_the_full_pass(architecture, kind):
+    hooked, tokens = Hooked(random_hooked(architecture, kind)), random_tokens()
+    streams = []
+    full = hooked.run(tokens, [("resid_pre", 2, streams.append)])
+    torch.testing.assert_close(hooked.run(tokens, start=(2, streams[0])), full, atol=1e-5, rtol=0)
+    changed = hooked.run(tokens, start=(2, torch.zeros_like(streams[0])))
+    assert (changed - full).abs().max() > 0.1
+
+
+@every_model
+def test_zeroing_a_layers_attention_equals_a_raw_pytorch_hook(architecture, kind):
+    hf, tokens = random_hf(architecture), random_tokens()
+    block = blocks_of(hf)[1]
+    attention = getattr(block, "self_attn", None) or getattr(block, "attn", None) or block.attention
+    handle = attention.register_forward_hook(lambda *args: (torch.zeros_like(args[2][0]), *args[2][1:]))
+    with torch.no_grad():
+        expected = hf(tokens).logits
+    handle.remove()
+    hooked = Hooked(random_hooked(architecture, kind))
+    ablated = hooked.run(tokens, [("attn_out", 1, torch.zeros_like)])
+    torch.testing.assert_close(ablated, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("architecture", ["llama", "olmo", "gpt2", "gpt_neox-sequential"])
+def test_an_edit_of_resid_mid_acts_on_mlp_and_stream(architecture, kind):
+    hooked, tokens = Hooked(random_hooked(architecture, kind)), random_tokens()
+    seen = {}
+
+    def flip(mid):
+        seen["mid"] = mid.clone()
+        return mid.flip(-1)
+
+    hooked.run(
+        tokens,
+        [
+            ("resid_mid", 1, flip),
+            ("resid_pre", 1, lambda x: seen.update(pre=x.clone())),
+            ("mlp_out", 1, lambda x: seen.update(mlp=x.clone())),
+            ("resid_post", 1, lambda x: seen.update(post=x.clone())),
+        ],
+    )
+    plain = {}
+    hooked.run(
+        tokens,
+        [("attn_out", 1, lambda x: plain.update(attn=x)), ("mlp_out", 1, lambda x: plain.update(mlp=x))],
+    )
+    torch.testing.assert_close(seen["mid"], seen["pre"] + plain["attn"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen["post"], seen["mid"].flip(-1) + seen["mlp"], atol=1e-4, rtol=1e-4)
+    assert (plain["mlp"] - seen["mlp"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_resid_mid_is_refused_where_attention_and_mlp_are_parallel(kind):
+    hooked = Hooked(random_hooked("gpt_neox", kind))
+    with pytest.raises(ValueError, match="parallel"):
+        hooked.run(random_tokens(), [("resid_mid", 0, torch.zeros_like)])
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_model_is_left_as_the_caller_had_it_also_after_an_exception(kind):
+    model = random_hooked("llama", kind)
+    model.train()
+    model.blocks[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    calls = []
+    model.hook_dict["blocks.0.hook_resid_pre"].add_hook(lambda x, hook: calls.append(1) or x)
+    before = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
+
+    def fail(_):
+        raise KeyError("in mid-run")
+
+    hooked = Hooked(model)
+    hooked.run(random_tokens(), [("pattern", 0, lambda pattern: None)])
+    with pytest.raises(KeyError, match="in mid-run"):
+        hooked.run(random_tokens(), [("pattern", 0, lambda pattern: None), ("z", 1, fail)])
+    assert len(calls) == 2
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()} == before
+    assert torch.is_grad_enabled()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_patterns_of_chosen_heads_come_in_the_order_asked(kind):
+    hooked, tokens = Hooked(random_hooked("llama", kind)), random_tokens(2, 9)
+    everything = reduce_patterns(hooked, tokens, lambda pattern: pattern.clone())
+    chosen = patterns(hooked, tokens, [(2, 3), (0, 1)])
+    assert chosen.shape == (2, 2, 9, 9)
+    torch.testing.assert_close(torch.as_tensor(chosen[:, 0]), everything[2][:, 3])
+    torch.testing.assert_close(torch.as_tensor(chosen[:, 1]), everything[0][:, 1])
+    with pytest.raises(ValueError, match="no head L3H0"):
+        patterns(hooked, tokens, [(3, 0)])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(2, CONTEXT + 1, dtype=torch.long), "longer than the model's context"),
+        (torch.full((2, 4), 50), "token ids must lie in 0..49"),
+        (torch.zeros(4, dtype=torch.long), "shape"),
+        (torch.zeros(2, 4), "integer ids"),
+    ],
+)
+def test_tokens_that_the_model_cannot_take_are_named(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        Hooked(random_hooked("llama", "bridge")).check_tokens(tokens)
+
+
+def test_unknown_sites_and_models_are_refused():
+    hooked = Hooked(random_hooked("llama", "bridge"))
+    with pytest.raises(ValueError, match="no site 'resid_middle'"):
+        hooked.run(random_tokens(), [("resid_middle", 0, torch.zeros_like)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="layer 7 does not exist"):
+        hooked.run(random_tokens(), [("z", 7, torch.zeros_like)])
+    with pytest.raises(TypeError, match="load_model"):
+        Hooked(random_hf("llama"))
