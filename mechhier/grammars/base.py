@@ -8,15 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
-from typing_extensions import Self
 
 if TYPE_CHECKING:
     from mechhier.grammars.corpus import Corpus
+
+AGrammar = TypeVar("AGrammar", bound="Grammar")
 
 Split = Literal["train", "validation", "test"]
 MIN_CONTEXT = 4
@@ -51,7 +52,7 @@ class Grammar(BaseModel, ABC):
         default=None, ge=MIN_CONTEXT, description="Tokens per row of a corpus; None: the longest document."
     )
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(self: AGrammar, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> AGrammar:
         """Return a validated copy with some fields changed; nothing cached for the old fields goes with it."""
         return type(self).model_validate(self.model_dump() | dict(update or {}))
 

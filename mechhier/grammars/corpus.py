@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 from pydantic import Field, TypeAdapter
-from typing_extensions import Self
 
 from mechhier.grammars import storage
 from mechhier.grammars.base import MIN_CONTEXT, Grammar, Sample, Split, stable_generator
@@ -192,7 +191,7 @@ class Corpus:
             first = i * per_block
             yield i, slice(max(start - first, 0), min(stop - first, per_block))
 
-    def _block(self, i: int) -> Int[np.ndarray, "row context"]:
+    def _block(self, i: int) -> Integer[np.ndarray, "row context"]:
         if i in self._blocks:
             self._blocks.move_to_end(i)
         else:
@@ -269,7 +268,7 @@ class Corpus:
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], *, workers: int = 1) -> Self:
+    def save(self, path: str | os.PathLike[str], *, workers: int = 1) -> Corpus:
         """Store the corpus and return it, memory-mapped.
 
         Every block is written to a temporary name and renamed; the manifest comes last. An interrupted save goes on

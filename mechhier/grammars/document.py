@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import Field, field_validator, model_validator
 from scipy.special import entr
-from typing_extensions import Self
 
 from mechhier.grammars import document_generator, document_predictor
 from mechhier.grammars.base import Grammar, Sample, read_only, stable_generator, zipf
@@ -41,7 +40,8 @@ class DocumentGrammar(Grammar):
         max_clauses: Longest chain of clauses in a sentence.
         p_chain: Probability that a sentence is a chain of subject-verb-object clauses.
         lexicon: ``"fixed"``: one lexicon for the language; ``"per_document"``: a fresh one for every document; an
-            integer K of at least 2: every document takes one of the language's K lexicons, uniformly.
+            integer K of at least 2: every document takes one of the language's K lexicons, uniformly. A fresh lexicon
+            costs time and memory in proportion to the number of words.
         repetitions: With ``"per_document"``: number of documents of a block that share a lexicon. They are shuffled
             within their block, not across blocks.
         binding: Probability, per clause, that verb and object take the rank of their subject; otherwise the three
@@ -70,7 +70,7 @@ class DocumentGrammar(Grammar):
     binding: Probability = 0.0
 
     @classmethod
-    def paper(cls) -> Self:
+    def paper(cls) -> DocumentGrammar:
         """Return the language with the constants of the paper's released generator."""
         return cls(n_words=300, n_connectors=100, zipf=1.0, lexicon="per_document", repetitions=10, context=512)
 
@@ -82,7 +82,7 @@ class DocumentGrammar(Grammar):
         return n_words
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> DocumentGrammar:
         if self.binding > 0 and isinstance(self.n_words, tuple):
             raise ValueError(
                 f"binding={self.binding} ties the ranks of subject, verb and object, so their numbers must be equal; "

@@ -93,12 +93,13 @@ def _rank_log_probability(
     grammar: DocumentGrammar, ranks: Int[np.ndarray, "*any 3"], chain: Bool[np.ndarray, "*any"]
 ) -> Float[np.ndarray, "*any 3"]:
     """Log-probability of the three ranks of each clause in order of appearance, each given those before it."""
-    subject, verb, object_ = (np.log(law) for law in grammar.rank_probabilities)
+    with np.errstate(divide="ignore"):  # a steep law is 0 at its last ranks
+        subject, verb, object_ = (np.log(law) for law in grammar.rank_probabilities)
     r1, r2, r3 = (ranks[..., i] for i in range(3))
     if grammar.binding == 0:
         first = np.where(chain, _at(subject, r1), _at(verb, r1))
         second = np.where(chain, _at(verb, r2), _at(subject, r2))
-        return np.stack([first, second, object_[r3]], axis=-1)
+        return np.stack([first, second, _at(object_, r3)], axis=-1)
     b, law = grammar.binding, grammar.rank_probabilities[0]
     with np.errstate(divide="ignore"):
         second = np.log(b * (r2 == r1) + (1 - b) * law[r2])
@@ -107,7 +108,7 @@ def _rank_log_probability(
 
 
 def _at(log_law: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Look up ranks, which may be out of range where the caller takes another category's value."""
+    """Look up ranks, which may be out of range where the caller takes another category's value, or in padding."""
     return log_law[np.minimum(ranks, len(log_law) - 1)]
 
 

@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 from pydantic import Field, field_validator
-from typing_extensions import Self
 
 from mechhier.grammars.base import Grammar, Sample, check_tokens, read_only, stable_generator, zipf
 
@@ -33,7 +32,7 @@ class _Text:
     tokens: Int[np.ndarray, "position document"]
     order: Int[np.ndarray, "position document"]
     row: Int[np.ndarray, "position document"]
-    prefix: UInt64[np.ndarray, "position+1 document"]
+    prefix: UInt64[np.ndarray, "prefix document"]
 
 
 class NGram(Grammar):
@@ -71,7 +70,7 @@ class NGram(Grammar):
     max_extra: Annotated[int, Field(ge=0)] = 99
 
     @classmethod
-    def paper(cls) -> Self:
+    def paper(cls) -> NGram:
         """Return the language with the constants of the paper's released generator."""
         return cls(n_tokens=1000, context=512)
 
@@ -161,12 +160,12 @@ class NGram(Grammar):
 
     def _rows_of_histories(
         self,
-        prefix: UInt64[np.ndarray, "position+1 column"],
-        t: Int[np.ndarray, "*n"] | int,
-        length: Int[np.ndarray, "*n"],
-        column: Int[np.ndarray, "*n"],
-    ) -> Int[np.ndarray, "*n"]:
-        """Return the table row of the ``length`` tokens before position ``t`` of each column.
+        prefix: UInt64[np.ndarray, "prefix column"],
+        t: Int[np.ndarray, ...] | int,
+        length: Int[np.ndarray, ...],
+        column: Int[np.ndarray, ...],
+    ) -> Int[np.ndarray, ...]:
+        """Return the table row of the ``length`` tokens before position ``t`` of each column; the three broadcast.
 
         ``prefix[t]`` is the sum of (token + 1) B^i over the positions i < t, modulo 2^64. The difference of two, times
         a power of 1/B, is a polynomial hash of the tokens between, wherever they stand. Then the finalizer of

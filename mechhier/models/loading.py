@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mechhier.models.quiet import quiet_transformers
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 ModelClass = Literal["hooked", "bridge"]
 
 _ATTRIBUTE = "_mechhier_model_info"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_STEP = re.compile(r"step[-_]?(\d+)")
 
 
@@ -104,7 +105,7 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with quiet_transformers():
         model = _read_weights(name, revision=revision, local=folder is not None, dtype=dtype or torch.float32)
-        model.to(device)  # pyright: ignore[reportArgumentType]
+        model.to(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
         hooked = _wrap(model, tokenizer=_read_tokenizer(name, revision=revision), as_=as_)
     info = ModelInfo(name=name, architecture=model.config.model_type, revision=revision)
     if folder is None:
@@ -161,15 +162,16 @@ def _run_of(folder: Path) -> tuple[Path, Manifest] | None:
 def _read_weights(name: str, *, revision: str | None, local: bool, dtype: torch.dtype) -> PreTrainedModel:
     where = f"folder {name}" if local else f"{name!r} (revision {revision or 'main'})"
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision or "main",
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         advice = (
             "the folder must hold the config.json and the safetensors weights of a causal language model"
             if local
@@ -177,6 +179,10 @@ def _read_weights(name: str, *, revision: str | None, local: bool, dtype: torch.
             "only safetensors weights are read and no remote code is run"
         )
         raise ModelLoadError(f"cannot load {where}: {error}\nWhat to do: {advice}") from error
+    if report["missing_keys"]:
+        # transformers would fill these with random numbers.
+        raise ModelLoadError(f"cannot load {where}: it has no weights for {sorted(report['missing_keys'])}")
+    return model
 
 
 def _read_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerBase | None:
@@ -208,7 +214,7 @@ def _from_memory(
     if isinstance(source, PreTrainedModel):
         # The bridge changes the model it wraps, and .to() moves in place: work on a copy.
         model = copy.deepcopy(source)
-        model.to(device=device or source.device, dtype=dtype or source.dtype)
+        model.to(device=device or source.device, dtype=dtype or source.dtype)  # pyright: ignore[reportCallIssue]
         name = source.config.name_or_path or type(source).__name__
         info = ModelInfo(name=name, architecture=source.config.model_type)
         return _attach(_wrap(model, tokenizer=None, as_=as_), info)

@@ -76,16 +76,12 @@ class ModelSpec(BaseModel):
                 "in pairs: choose d_model and n_heads so that this number is even"
             )
         if self.architecture == "gpt_neox" and self.n_rotary == 0:
-            raise ValueError(
-                f"gpt_neox rotates a quarter of each head: d_model / n_heads = {d_head} must be at least 8"
-            )
+            raise ValueError(f"gpt_neox rotates a quarter of each head: d_model / n_heads = {d_head} must be 8 or more")
         if self.n_key_value_heads is not None:
             if self.architecture != "llama":
                 raise ValueError(f"n_key_value_heads applies to llama only, not to {self.architecture}")
             if self.n_heads % self.n_key_value_heads:
-                raise ValueError(
-                    f"n_heads={self.n_heads} must be divisible by n_key_value_heads={self.n_key_value_heads}"
-                )
+                raise ValueError(f"n_key_value_heads={self.n_key_value_heads} must divide n_heads={self.n_heads}")
         return self
 
     def build(self, *, vocab_size: int, eos_token_id: int, n_ctx: int | None = None, seed: int = 0) -> PreTrainedModel:

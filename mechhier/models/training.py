@@ -161,7 +161,7 @@ def _callers_random_state() -> Iterator[None]:
     """Restore the global random states, which the Trainer seeds, as the caller left them."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
             yield
     finally:
         random.setstate(python)
@@ -214,7 +214,11 @@ def next_token_loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 class _Trainer(Trainer):
-    """The Trainer without what a plain next-token loss on fixed-length rows does not need."""
+    """The Trainer without what a plain next-token loss on rows of one length does not need; hands on every loss."""
+
+    def __init__(self, *args: Any, on_loss: Callable[[torch.Tensor], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.on_loss = on_loss
 
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: torch.nn.Module, inputs: dict[str, Any], **_: Any
@@ -229,8 +233,6 @@ class _Trainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         self.on_loss(loss)
         return loss
-
-    on_loss: Callable[[torch.Tensor], None]
 
 
 class _Session(TrainerCallback):
@@ -255,6 +257,7 @@ class _Session(TrainerCallback):
         self.log: list[dict[str, float | None]] = []
         self.loss_sum: torch.Tensor | float = 0.0
         self.loss_count = 0
+        self.learning_rate = 0.0
         self.last_save = time.monotonic()
         self.save_seconds = 0.0
         self.trainer = self._make_trainer(corpus)
@@ -301,9 +304,9 @@ class _Session(TrainerCallback):
             data_collator=_batch,  # pyright: ignore[reportArgumentType]
             train_dataset=_Rows(corpus, self.manifest.steps * settings.batch_size),
             callbacks=[self],
+            on_loss=self._add_loss,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.on_loss = self._add_loss
         return trainer
 
     @property
@@ -371,7 +374,7 @@ class _Session(TrainerCallback):
     def _add_loss(self, loss: torch.Tensor) -> None:
         self.loss_sum = self.loss_sum + loss
         self.loss_count += 1
-        self.learning_rate = self.trainer.lr_scheduler.get_last_lr()[0]  # pyright: ignore
+        self.learning_rate = float(self.trainer.lr_scheduler.get_last_lr()[0])  # pyright: ignore
 
     def _log_line(self, step: int) -> None:
         """Add a line to the log; stop here if the loss is no longer a number, before anything bad is saved."""
@@ -379,16 +382,18 @@ class _Session(TrainerCallback):
         learning_rate: float | None = None
         if self.loss_count:
             total = torch.as_tensor(self.loss_sum, device=self.model.device)
-            mean = self.trainer.accelerator.gather(total).mean()  # pyright: ignore[reportAttributeAccessIssue]
-            loss, learning_rate = float(mean) / self.loss_count, self.learning_rate
+            mean = torch.as_tensor(self.trainer.accelerator.gather(total)).mean().item()
+            loss, learning_rate = mean / self.loss_count, self.learning_rate
             self.loss_sum, self.loss_count = 0.0, 0
         eval_loss = self._evaluate() if step in self.checkpoints else None
         bad = [value for value in (loss, eval_loss) if value is not None and not math.isfinite(value)]
         if bad:
             before = self.log[-1]["step"] if self.log else 0
+            good = max(_saved_steps(self.out), default=None)
             raise TrainingError(
-                f"{self.out}: the loss became {bad[0]} between steps {before} and {step}; the last good checkpoint is step {max(_saved_steps(self.out), default=0)}. "
-                "Train into another folder with a lower learning_rate, a longer warm-up or a smaller max_grad_norm"
+                f"{self.out}: the loss became {bad[0]} between steps {before} and {step}; the last good checkpoint is "
+                f"that of step {good}. Train into another folder with a lower learning_rate, a longer warm-up or a "
+                "smaller max_grad_norm"
             )
         self.log.append({"step": step, "loss": loss, "eval_loss": eval_loss, "learning_rate": learning_rate})
         if self.main:

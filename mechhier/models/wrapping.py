@@ -142,9 +142,7 @@ def to_hooked_transformer(
     model_type = model.config.model_type
     if model_type not in _HOOKED_TRANSFORMER:
         accepted = ", ".join(_HOOKED_TRANSFORMER)
-        raise UnsupportedModelError(
-            f"no exact HookedTransformer conversion of {model_type!r} models (there is: {accepted})"
-        )
+        raise UnsupportedModelError(f"no HookedTransformer conversion of {model_type!r} models (there is: {accepted})")
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained import weight_conversions
 
@@ -164,14 +162,17 @@ def to_hooked_transformer(
         hooked = cls(config, tokenizer=tokenizer)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         weights = getattr(weight_conversions, converter)(model, config)
-        weights.setdefault("unembed.b_U", torch.zeros(config.d_vocab, dtype=model.dtype))
         missing, unexpected = hooked.load_state_dict(weights, strict=False)
-    # Masks and rotary tables are buffers and follow from the config; a missing parameter would stay uninitialised.
-    parameters = {name for name, _ in hooked.named_parameters()}
-    if unexpected or parameters & set(missing):
+        # Masks and rotary tables are buffers and follow from the config. Converters leave out some of the biases that an
+        # architecture does not have; any other parameter would stay uninitialised.
+        absent = {name: parameter for name, parameter in hooked.named_parameters() if name in missing}
+        biases = {name for name in absent if name.rsplit(".", 1)[-1].startswith("b_")}
+        for name in biases:
+            absent[name].zero_()
+    if unexpected or set(absent) - biases:
         raise UnsupportedModelError(
             f"the weights of {model_type} do not match this TransformerLens: "
-            f"missing {sorted(parameters & set(missing))}, unexpected {sorted(unexpected)}"
+            f"missing {sorted(set(absent) - biases)}, unexpected {sorted(unexpected)}"
         )
     return hooked.eval()
 

@@ -50,15 +50,14 @@ def head_panel(
     low, high = reading.interval(name, "layer", "head")
     null = reading.null(name, "layer", "head")
     layers, heads = reading.labels("layer").tolist(), reading.labels("head").tolist()
-    title = reading.title(name)
+    notes = reading.units(name)
     if f"{name}_uniform" in reading and null is not None:
-        title += f"\n(uniform attention: {style.number(float(null.flat[0]))})"
+        notes += f"; uniform attention: {style.number(float(null.flat[0]))}"
     return HeatPanel(
-        title=title,
+        title=f"{reading.title(name)}\n({notes})",
         z=z,
         x_title="head",
         y_title="layer",
-        units=reading.units(name),
         x=heads,
         y=layers,
         limits=limits or color_limits([z]),
@@ -127,11 +126,10 @@ def _responses(reading: Reading) -> HeatPanel:
         z, None, None, None, rows=[f"ablated {row}" for row in rows], columns=[f"response of {col}" for col in columns]
     )
     return HeatPanel(
-        title=reading.title("response"),
+        title=f"{reading.title('response')}\n({reading.units('response')})",
         z=z,
         x_title="responding component",
         y_title="ablated component",
-        units=reading.units("response"),
         x=columns,
         y=rows,
         limits=color_limits([z]),
@@ -197,7 +195,7 @@ def _injection(reading: Reading, name: str, prompt: str) -> CurvePanel:
 
 
 def published(dataset: xr.Dataset) -> list[Panel]:
-    """Return the published scores: curves over the layer or k, bars over a named dim, heatmaps of heads at the first k."""
+    """Return the published scores: curves over the layer or k, bars over a named dim, heatmaps of heads."""
     reading = Reading(dataset)
     panels: list[Panel] = []
     for name in map(str, dataset.data_vars):

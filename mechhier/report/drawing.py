@@ -127,15 +127,6 @@ def _curves(
     figure: go.Figure, panel: CurvePanel, cell: dict[str, Any], bottom: bool, columns: int, legend: _Legend
 ) -> bool:
     has_null = False
-    if panel.band is not None:
-        figure.add_hrect(
-            y0=panel.band[0],
-            y1=panel.band[1],
-            fillcolor=style.translucent(style.GREY, 0.15),
-            line_width=0,
-            layer="below",
-            **cell,
-        )
     for curve in panel.curves:
         x = curve.x if panel.scale is None else panel.scale.position(curve.x)
         if curve.low is not None and curve.high is not None:
@@ -163,6 +154,15 @@ def _curves(
             text=_curve_hover(curve, panel),
             hovertemplate="%{text}<extra></extra>",
             **legend.entry(curve.label),
+            **cell,
+        )
+    if panel.band is not None:
+        figure.add_hrect(
+            y0=panel.band[0],
+            y1=panel.band[1],
+            fillcolor=style.translucent(style.GREY, 0.15),
+            line_width=0,
+            layer="below",
             **cell,
         )
     if not any(np.isfinite(curve.y).any() for curve in panel.curves):
@@ -232,7 +232,7 @@ def _heat(figure: go.Figure, panel: HeatPanel, cell: dict[str, Any], bottom: boo
     labelled = panel.z.size <= MAX_CELL_LABELS and panel.scale is None
     labels = [
         [
-            (f"{value:.2f}" if labelled and math.isfinite(value) else "") + ("★" if mark else "")
+            (_cell_label(value, max(abs(low), high)) if labelled else "") + ("★" if mark else "")
             for value, mark in zip(values, marked, strict=True)
         ]
         for values, marked in zip(panel.z.tolist(), marks.tolist(), strict=True)
@@ -263,7 +263,8 @@ def _heat(figure: go.Figure, panel: HeatPanel, cell: dict[str, Any], bottom: boo
             "outlinewidth": 0,
             "nticks": 5,
             "tickfont": {"size": 10},
-            "title": {"text": style.wrapped(panel.units, 28), "side": "right", "font": {"size": 11}},
+            "exponentformat": "power",
+            "showexponent": "last",
         },
         **cell,
     )
@@ -289,6 +290,13 @@ def _heat(figure: go.Figure, panel: HeatPanel, cell: dict[str, Any], bottom: boo
     else:
         spacing = 1.3 * TICK_SPACING * columns  # the colour bar makes the axis shorter
         figure.update_xaxes(**panel.scale.axis(title=bottom, spacing=spacing), showgrid=False, **cell)
+
+
+def _cell_label(value: float, largest: float) -> str:
+    """Return a cell's number, with as many decimals as the largest value of its colour scale calls for."""
+    if not math.isfinite(value):
+        return ""
+    return f"{value:.2f}" if largest >= 0.1 else f"{value:.3f}" if largest >= 0.01 else f"{value:.1e}"
 
 
 def _room(labels: Sequence[object], columns: int) -> int:
@@ -387,6 +395,8 @@ def _say_empty(figure: go.Figure, cell: dict[str, Any]) -> None:
         y=sum(y_domain) / 2,
         xref="paper",
         yref="paper",
+        xanchor="center",
+        yanchor="middle",
         showarrow=False,
         text="no value is defined here",
         font={"color": style.GREY},

@@ -55,7 +55,7 @@ def write_images(figures: Mapping[Path, go.Figure]) -> None:
             failure.append(error)
 
     # A thread of its own, because a notebook's main thread runs an event loop already.
-    thread = threading.Thread(target=work, name="mechhier-images")
+    thread = threading.Thread(target=work, name="mechhier-images", daemon=True)
     thread.start()
     thread.join()
     if failure:

@@ -72,11 +72,10 @@ class HeatPanel:
     """A matrix as coloured cells.
 
     Attributes:
-        title: what is measured, in words.
+        title: what is measured, in words, and its units.
         z: the values; NaN stays empty.
         x_title: name of the columns.
         y_title: name of the rows.
-        units: units, written over the colour bar.
         x: column labels, or numbers if `scale` is given.
         y: row labels.
         limits: the colour scale's ends; diverging colours if the lower is below zero.
@@ -89,7 +88,6 @@ class HeatPanel:
     z: Matrix
     x_title: str
     y_title: str
-    units: str
     x: Sequence[object]
     y: Sequence[object]
     limits: tuple[float, float]

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
+from mechhier.report import style
+
 PHENOMENA = ("induction", "hydra", "function_vectors", "published")
 COMPANIONS = ("_low", "_high", "_uniform", "_null")
 BASELINES = ("_uniform", "_null")
@@ -76,8 +78,8 @@ class Reading:
         return None
 
     def title(self, name: str) -> str:
-        """Return the variable's long name, or its name."""
-        return str(self.dataset[name].attrs.get("long_name", name))
+        """Return the variable's long name, or its name, as a title."""
+        return style.capital(str(self.dataset[name].attrs.get("long_name", name)))
 
     def units(self, name: str) -> str:
         """Return the variable's units; a plain ratio reads "fraction"."""

@@ -56,6 +56,11 @@ def wrapped(value: object, width: int) -> str:
     return "<br>".join(map(text, lines)) or "&nbsp;"
 
 
+def capital(words: str) -> str:
+    """Return words with a capital, as a title; a one-letter symbol such as the k of k-order stays small."""
+    return words[:1].upper() + words[1:] if words[1:2].islower() else words
+
+
 def number(value: float) -> str:
     """Format a value for a label: three significant digits, an en dash for a value that is not a number."""
     return "–" if not math.isfinite(value) else f"{value:.3g}"
@@ -149,4 +154,4 @@ def base_layout(figure: go.Figure, *, title: str, height: float, top: float, bot
         "zeroline": False,
     }
     figure.update_xaxes(**axes)
-    figure.update_yaxes(**axes)
+    figure.update_yaxes(**axes, exponentformat="power", showexponent="last")

@@ -86,7 +86,9 @@ def _hydra_panel(arms: Arms, name: str, component: str, layer: int, scale: style
         low, high = reading.interval(name, "step")
         y, null, units = reading.values(name, "step"), reading.null(name, "step"), reading.units(name)
         curves.append(_curve(reading, index, arm, y, low=low, high=high, null=null))
-    return CurvePanel(f"{HYDRA_TERMS[name][0]}, {short_component(component, layer)} ablated", units, curves, scale)
+    return CurvePanel(
+        f"{style.capital(HYDRA_TERMS[name][0])}, {short_component(component, layer)} ablated", units, curves, scale
+    )
 
 
 def _hydra_heatmaps(arms: Arms, name: str, scale: style.StepScale) -> list[HeatPanel]:
@@ -130,11 +132,10 @@ def _layer_heatmap(
     layers, steps = reading.labels("layer").tolist(), reading.steps
     rows, columns = [f"layer {layer}" for layer in layers], [f"step {step:,g}" for step in steps]
     return HeatPanel(
-        title=title,
+        title=f"{title}\n({units})",
         z=z,
         x_title="training step",
         y_title="layer",
-        units=units,
         x=steps.tolist(),
         y=layers,
         limits=limits,

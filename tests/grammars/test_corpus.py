@@ -115,6 +115,17 @@ def test_a_corpus_can_be_pickled_and_leaves_its_blocks_behind(corpus):
     np.testing.assert_array_equal(pickle.loads(data).rows(0, 2), expected)
 
 
+def test_a_corpus_keeps_a_few_blocks_in_memory():
+    corpus = POOL.corpus(tokens=7 * 2**17, context=2**17)
+    for first in range(0, 7, 2):
+        corpus.rows(first, first + 1)
+    assert list(corpus._blocks) == [0, 1, 2, 3]
+    corpus = POOL.corpus(tokens=6 * 2**18, context=2**18)
+    for row in (0, 1, 2, 3, 0, 4, 5):
+        corpus[row]
+    assert list(corpus._blocks) == [3, 0, 4, 5]
+
+
 def test_floor_of_an_exact_language_is_its_predictors_loss_on_held_out_rows():
     corpus = POOL.corpus(tokens=96 * 1000, context=96)
     floor = corpus.floor(n_rows=40)

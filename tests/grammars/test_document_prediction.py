@@ -54,6 +54,7 @@ CASES = {
     "pool, half bound": DocumentGrammar(n_words=2, lexicon=3, binding=0.5, zipf=1.3, **TINY),
     "pool, all bound": DocumentGrammar(n_words=3, lexicon=2, binding=1.0, **(TINY | {"n_connectors": 2})),
     "pool, unequal sizes": DocumentGrammar(n_words=(2, 1, 3), lexicon=2, zipf=0.7, p_chain=0.2, **TINY),
+    "pool, most subjects": DocumentGrammar(n_words=(4, 2, 1), lexicon=2, p_chain=0.8, **TINY),
     "fixed, chains only": DocumentGrammar(n_words=2, lexicon="fixed", binding=0.3, p_chain=1.0, **TINY),
     "fixed, single clauses": DocumentGrammar(n_words=3, lexicon="fixed", binding=0.3, p_chain=0.0, **TINY),
 }

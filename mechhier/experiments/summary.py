@@ -1,0 +1,275 @@
+"""The report of an experiment: what each figure shows, what it does not, and the numbers with their nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from mechhier import results
+from mechhier.report import Section, by_phenomenon, plot, plot_loss, show_attention, write_report
+
+if TYPE_CHECKING:
+    from mechhier.experiments.experiment import Experiment
+    from mechhier.models import Run
+
+INTRO = """
+Small transformers of one shape, one per language, measured at every checkpoint with the same probes. Every score stands
+next to its null in the same figure: what uniform attention would score on the same queries, what a random perturbation of
+the same size does, what the untrained model (step 0) scores.
+
+One seed per arm: intervals are over probe sequences, not over trainings. A difference between two arms is therefore a
+difference between two trained models; whether it belongs to the languages takes several seeds, and arms that differ in one
+thing at a time. The arms below differ in more than one.
+"""
+
+
+def write_summary(experiment: Experiment, runs: Mapping[str, Run], tree: xr.DataTree, out: Path) -> Path:
+    """Write `report.html` (and `figures/*.png` where a browser is found) for finished runs and their sweep.
+
+    Returns:
+        The report.
+    """
+    measured = by_phenomenon(tree)
+    floors = {name: floor_of(run) for name, run in runs.items()}
+    sections = [_languages(experiment, runs, floors), _loss(runs, floors)]
+    writers = {
+        "induction": _induction,
+        "function_vectors": _function_vectors,
+        "hydra": _hydra,
+        "published": _published,
+    }
+    sections += [write(measured[name], runs) for name, write in writers.items() if name in measured]
+    sections.append(_numbers(measured, runs, floors))
+    report = write_report(
+        out / "report.html",
+        title=experiment.title,
+        intro=INTRO,
+        sections=sections,
+        provenance={**results.versions(), "experiment": experiment.model_dump(mode="json", exclude_defaults=True)},
+    )
+    return report.path
+
+
+def floor_of(run: Run) -> tuple[float, float]:
+    """Bounds of the best possible loss in nats per predicted token: a row's first token is never predicted."""
+    floor = run.corpus.floor()
+    lower, upper = (floor[name].isel(position=slice(1, None)).mean() for name in ("floor_lower", "floor_upper"))
+    return float(lower), float(upper)
+
+
+def _final(by_arm: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    return {arm: result.isel(step=-1) for arm, result in by_arm.items()}
+
+
+def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]) -> Section:
+    table = pd.DataFrame(
+        [
+            {
+                "arm": name,
+                "language": arm.title,
+                "vocabulary": arm.grammar.vocab_size,
+                "context": runs[name].corpus.context,
+                "training tokens": runs[name].corpus.n_tokens,
+                "floor, lower (nats)": floors[name][0],
+                "floor, upper (nats)": floors[name][1],
+            }
+            for name, arm in experiment.arms.items()
+        ]
+    )
+    described = "\n\n".join(f"{name}: {arm.about}" for name, arm in experiment.arms.items())
+    return Section(
+        heading="The languages",
+        shows=f"What each arm was trained on.\n\n{described}",
+        does_not_show="The arms differ in vocabulary, entropy and length of a row as well as in structure.",
+        table=table,
+    )
+
+
+def _loss(runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]) -> Section:
+    return Section(
+        heading="Loss against the floor",
+        shows=(
+            "Training and held-out loss, in nats per predicted token, against the loss of the best possible predictor of "
+            "the language. Where that predictor is known exactly the floor is a line; for a fresh lexicon per document it "
+            "lies in the band between a predictor that is told the lexicon and one that infers nothing from the context. "
+            "Loss below the band's upper edge is evidence of inference in context."
+        ),
+        does_not_show=(
+            "A loss at the floor says that the predictions are right, not how they are made: that is what the probes are for."
+        ),
+        figures=[plot_loss({name: run.log for name, run in runs.items()}, floors)],
+    )
+
+
+def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
+    final = _final(by_arm)
+    figures: list[Any] = [plot(by_arm), *(plot(result, title=f"{arm}: heads at the end") for arm, result in final.items())]
+    gains = {arm: float(r.NEXT_text_best - r.NEXT_text_uniform) for arm, r in final.items() if "NEXT_text_best" in r}
+    if gains:
+        arm = max(gains, key=lambda name: gains[name])
+        corpus = runs[arm].corpus.held_out("test", tokens=runs[arm].corpus.context)
+        figures.append(show_attention(runs[arm].load(), corpus[0], heads=final[arm].NEXT_text))
+        looked_at = f" The last figure shows the heads of the arm {arm} with the most attention to copies of the next token."
+    else:
+        looked_at = ""
+    return Section(
+        heading="Induction heads",
+        shows=(
+            "IND, DUP and PREV are a head's mean attention, on random repeated tokens, to the token after the earlier copy, "
+            "to the earlier copy, and to the previous token. The text scores are measured on held-out text of the arm's own "
+            "language: attention to tokens that follow an earlier copy (IND_text), to earlier copies (DUP_text), and to "
+            "copies of the token that really comes next (NEXT_text). A curve shows one head for each checkpoint, chosen on "
+            f"one half of the sequences and scored on the other.{looked_at}"
+        ),
+        does_not_show=(
+            "Random repeats are far out of distribution for these models, so a low IND does not mean that nothing is copied "
+            "on text. Attention alone is not an effect: no head was ablated here. The uniform line differs between arms, "
+            "because a commoner token has more copies; compare a curve with its own line."
+        ),
+        figures=figures,
+    )
+
+
+def _function_vectors(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
+    final = _final(by_arm)
+    without = [arm for arm, result in final.items() if result.attrs.get("has_function") == "False"]
+    missing = f" The arms {', '.join(without)} have no function to carry; they are asked as controls." if without else ""
+    return Section(
+        heading="Function vectors",
+        shows=(
+            "AIE is the gain in the answer's probability when one head's output at the last token of a prompt with shuffled "
+            "demonstrations is replaced by its mean over intact ones. The function vector is the sum of the top heads' mean "
+            "outputs; injected into a bare query, or into a prompt with shuffled demonstrations, it should bring back the "
+            "right verb. The query never occurs in the demonstrations. Heads are chosen on some lexicons and judged on "
+            "others, with other queries. Controls: another task's vector, random heads, a random vector of the same norm, "
+            f"and the mean over tasks.{missing}"
+        ),
+        does_not_show=(
+            "Accuracy after injection is bounded by what the model can do with intact demonstrations; compare with the clean "
+            "and the exact predictor's accuracy in the table at the end. A vector that works here need not be the model's "
+            "own way of carrying the task."
+        ),
+        figures=[plot(by_arm), *(plot(result, title=f"{arm}: at the end") for arm, result in final.items())],
+    )
+
+
+def _hydra(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
+    final = {arm: result for arm, result in _final(by_arm).items() if int(result.n_positions) > 0}
+    return Section(
+        heading="Hydra effect",
+        shows=(
+            "What ablating one layer's attention or MLP (its write replaced by that of other sequences) does to the logit "
+            "of the clean run's top token, term by term: the change of the layer's own direct effect, of later attention "
+            "(the Hydra effect), of later MLPs, and through the final norm's scale. The terms add up to the total effect "
+            "exactly. The null moves the same write as far, in a random direction. Only positions where the clean top "
+            "token has a probability above one half count; where there are none, as in an untrained model, there is no "
+            "value."
+        ),
+        does_not_show=(
+            "With two layers there is little that could repair: the last MLP has nothing behind it but the norm. A change "
+            "of downstream attention need not be compensation: it counts as repair only where it has the sign opposite to "
+            "the ablated layer's own change, and goes beyond the null."
+        ),
+        figures=[plot(by_arm), *(plot(result, title=f"{arm}: at the end") for arm, result in final.items())],
+    )
+
+
+def _published(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
+    return Section(
+        heading="The scores as the paper published them",
+        shows=(
+            "The same checkpoints measured with the formulas of the paper's released code, so that its figures can be set "
+            "against the ones above."
+        ),
+        does_not_show=(
+            "They do not measure what their names say. The k-order score is attention to a token's own earlier copy: a "
+            "perfect induction head scores 0. The Hydra score is the clean logit of the token just read, without the final "
+            "norm: it holds no ablation. The function-vector prompts ask for an object that nothing in the prompt "
+            "determines. Only the syntax masses are sound."
+        ),
+        figures=[plot(by_arm)],
+    )
+
+
+def contrasts(
+    measured: Mapping[str, Mapping[str, xr.Dataset]], runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]
+) -> pd.DataFrame:
+    """One row per arm and score: its value at the end with the 95 % interval, at step 0, and its null."""
+    rows: list[dict[str, Any]] = []
+
+    def add(arm: str, score: str, end: Any, low: Any, high: Any, untrained: Any, null: Any, null_is: str) -> None:
+        names = ("arm", "score", "end", "low", "high", "untrained", "null", "null is")
+        values = [value if isinstance(value, str) else float(value) for value in (end, low, high, untrained, null)]
+        rows.append(dict(zip(names, (arm, score, *values, null_is), strict=True)))
+
+    for arm, run in runs.items():
+        held_out = run.log.eval_loss.dropna()
+        add(
+            arm,
+            "held-out loss (nats)",
+            held_out.iloc[-1],
+            np.nan,
+            np.nan,
+            held_out.iloc[0],
+            floors[arm][0],
+            f"floor, lower (upper {floors[arm][1]:.3f})",
+        )
+        if arm in measured.get("induction", {}):
+            result = measured["induction"][arm]
+            start, end = result.isel(step=0), result.isel(step=-1)
+            for score in ("IND", "PREV", "NEXT_text", "DUP_text"):
+                best = f"{score}_best"
+                if best in result:
+                    interval = (end[best], end[f"{best}_low"], end[f"{best}_high"])
+                    add(arm, f"{score}, best head", *interval, start[best], end[f"{score}_uniform"], "uniform attention")
+        if arm in measured.get("function_vectors", {}):
+            result = measured["function_vectors"][arm]
+            start, end = result.isel(step=0), result.isel(step=-1)
+            for prompt in ("clean", "shuffled", "zero_shot"):
+                name = f"accuracy_{prompt}"
+                interval = (end[name], end[f"{name}_low"], end[f"{name}_high"])
+                add(arm, f"verb accuracy, {prompt}", *interval, start[name], end.chance, "chance")
+            injected = end.accuracy.sel(prompt="zero_shot")
+            layer = int(injected.sel(vector="function_vector").argmax("layer"))
+            chosen = end.sel(prompt="zero_shot", vector="function_vector", layer=layer)
+            add(
+                arm,
+                f"verb accuracy, zero shot + FV at layer {layer}",
+                chosen.accuracy,
+                chosen.accuracy_low,
+                chosen.accuracy_high,
+                start.accuracy.sel(prompt="zero_shot", vector="function_vector", layer=layer),
+                injected.sel(vector="random_heads", layer=layer),
+                "random heads, same layer",
+            )
+            where = end.AIE.argmax(("layer", "head"))
+            top = end.isel({dim: int(index) for dim, index in where.items()})
+            add(arm, "AIE, largest head", top.AIE, top.AIE_low, top.AIE_high, start.AIE.max(), top.AIE_null, "shuffled means")
+        if arm in measured.get("hydra", {}):
+            result = measured["hydra"][arm]
+            start, end = (result.isel(step=step).sel(component="attention", layer=0) for step in (0, -1))
+            for term in ("total_effect", "attention_growth", "mlp_change", "self_repair"):
+                interval = (end[term], end[f"{term}_low"], end[f"{term}_high"])
+                null = (start[term], end[f"{term}_null"], "random perturbation")
+                add(arm, f"{term}, attention 0 ablated", *interval, *null)
+    return pd.DataFrame(rows)
+
+
+def _numbers(
+    measured: Mapping[str, Mapping[str, xr.Dataset]], runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]
+) -> Section:
+    return Section(
+        heading="The numbers",
+        shows=(
+            "Each arm's scores at the end of training with their 95 % interval over probe sequences, at step 0 (the "
+            "untrained model), and their null. Best heads are chosen on one half of the sequences and scored on the other; "
+            "the layer of injection is the best on the test prompts and is therefore biased up."
+        ),
+        does_not_show="One training per arm: the intervals do not cover what another seed would give.",
+        table=contrasts(measured, runs, floors),
+    )
