@@ -11,6 +11,7 @@ Conventions, kept by every phenomenon, sweep and figure:
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +59,9 @@ def mean_interval(
     estimate = ratio(sums, counts, 0)
     if len(sums) < 2:
         return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        # Samples that are all alike have an interval of no width; scipy gives it, with a warning.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         interval = stats.bootstrap(
             (sums, counts),
             ratio,

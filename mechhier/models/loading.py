@@ -162,7 +162,7 @@ def _run_of(folder: Path) -> tuple[Path, Manifest] | None:
 def _read_weights(name: str, *, revision: str | None, local: bool, dtype: torch.dtype) -> PreTrainedModel:
     where = f"folder {name}" if local else f"{name!r} (revision {revision or 'main'})"
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             name,
             revision=revision or "main",
             dtype=dtype,

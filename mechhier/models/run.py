@@ -230,9 +230,7 @@ class Run:
         if step == -1 and steps:
             step = steps[-1]
         if step not in steps:
-            raise MissingCheckpointError(
-                f"{self.path} has no checkpoint of step {step}; there are: {steps} (-1 is the last)"
-            )
+            raise MissingCheckpointError(f"{self.path} has no checkpoint of step {step}; it has {steps} (-1: the last)")
         return checkpoint_folder(self.path, step)
 
     def load(

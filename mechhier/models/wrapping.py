@@ -163,8 +163,8 @@ def to_hooked_transformer(
     with torch.no_grad():
         weights = getattr(weight_conversions, converter)(model, config)
         missing, unexpected = hooked.load_state_dict(weights, strict=False)
-        # Masks and rotary tables are buffers and follow from the config. Converters leave out some of the biases that an
-        # architecture does not have; any other parameter would stay uninitialised.
+        # Masks and rotary tables are buffers and follow from the config. Converters leave out some of the biases that
+        # an architecture does not have; any other parameter would stay uninitialised.
         absent = {name: parameter for name, parameter in hooked.named_parameters() if name in missing}
         biases = {name for name in absent if name.rsplit(".", 1)[-1].startswith("b_")}
         for name in biases:

@@ -33,7 +33,7 @@ COMPONENTS: tuple[tuple[str, SiteName], ...] = (("attention", "attn_out"), ("mlp
 NULL_DRAWS = 4
 """Random perturbations per ablated component."""
 _TOLERANCE = 1e-3
-"""Largest Delta DE of a component that is not downstream, relative to the largest direct effect."""
+"""Largest effect of an ablation that should have none, relative to the largest direct effect."""
 
 _TERMS = {
     "total_effect": "total effect of the ablation on the top token's logit",
@@ -57,6 +57,7 @@ class _Clean:
     targets: Int[Tensor, "sequence pos"]
     chosen: Bool[Tensor, "sequence pos"]
     resid_pre: list[Float[Tensor, "sequence pos d_model"]]
+    """Entering each layer, and, last, leaving the last one."""
     writes: dict[tuple[str, int], Float[Tensor, "sequence pos d_model"]]
     direct: dict[tuple[str, int], Float[Tensor, "sequence pos"]]
     total: Float[Tensor, "sequence pos"]
@@ -71,7 +72,7 @@ class _Effects:
     terms: dict[str, Tensor] = field(default_factory=dict)
     response: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     identity_error: float = 0.0
-    upstream_error: float = 0.0
+    unaffected_error: float = 0.0
 
     def mean(self, term: str) -> Tensor:
         return self.terms[term] / self.n_runs
@@ -93,8 +94,9 @@ def hydra(
     the largest deviation is in `identity_error`), so that repair by later attention (the Hydra effect), by later MLPs
     and by the final norm are told apart. The null moves the component's write as far, in a random direction.
 
-    Cost: one forward pass, and for each of the 2L components `n_patches` (resample) or 1 (mean, zero) passes plus 4
-    for the null, from the ablated layer on. Memory: 3 L tensors of [sequence, pos, d_model].
+    Cost: two forward passes, and for each of the 2L components `n_patches` (resample) or 1 (mean, zero) passes plus 4
+    for the null: from the ablated layer on for attention, from the layer behind it for an MLP, so L passes for all
+    components at once on average. Memory: 3 L tensors of [sequence, pos, d_model].
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -112,12 +114,13 @@ def hydra(
         `total_effect`, `own_change`, `attention_growth`, `mlp_change`, `norm_change`, `self_repair`, each with `_low`,
         `_high` (95 %, bootstrap over sequences), four of them with `_null`; `compensation` (slope); `response`
         `[component, layer, responding_component, responding_layer]`; the scalars `n_positions`,
-        `n_positions_total`, `identity_error`, `upstream_error`. NaN where no position qualifies.
+        `n_positions_total`, `identity_error`, `no_op_error`. NaN where no position qualifies.
 
     Raises:
         TypeError: Not a hooked model.
         ValueError: Tokens or an ablation that cannot be used.
-        RuntimeError: A component upstream of the ablation changed: the model is not a deterministic causal stack.
+        RuntimeError: Replacing a write by itself, or one that a component cannot see, has an effect: the model is not a
+            deterministic causal stack.
 
     Example:
         >>> import mechhier as mh
@@ -149,12 +152,17 @@ def hydra(
             )
             advance()
 
-    upstream_error = max(effects.upstream_error for effects in ablated.values())
+    inert = ("attention", 0)
+    unchanged = _effects(hooked, clean, inert, [clean.writes[inert]])
+    no_op_error = max(
+        *(effects.unaffected_error for effects in ablated.values()),
+        *(float(change.abs().max()) for change in unchanged.terms.values()),
+    )
     largest = max(float(direct.abs().max()) for direct in clean.direct.values())
-    if upstream_error > _TOLERANCE * (1.0 + largest):
+    if no_op_error > _TOLERANCE * (1.0 + largest):
         raise RuntimeError(
-            f"a component upstream of the ablated one changed its direct effect by {upstream_error:.3g}; the model "
-            "(or a hook on it) is not deterministic, or it is not a causal stack of layers"
+            f"replacing a write by itself, or one that a component cannot see, changed a direct effect by {no_op_error:.3g}; "
+            "the model (or a hook on it) is not deterministic, or it is not a causal stack of layers"
         )
     variables = _terms(clean, ablated, null, seed=seed) | _compensation(clean, ablated, seed=seed)
     variables |= _response(clean, ablated)
@@ -166,7 +174,11 @@ def hydra(
             "largest difference between the total effect and the sum of its terms",
             "logit",
         ),
-        "upstream_error": (upstream_error, "largest change of a component that is not downstream", "logit"),
+        "no_op_error": (
+            no_op_error,
+            "largest change when a write is replaced by itself, or of a component that is not downstream",
+            "logit",
+        ),
     }
     for name, (value, long_name, units) in counts.items():
         variables[name] = ((), np.asarray(value), {"long_name": long_name, "units": units})
@@ -221,6 +233,7 @@ def _clean_run(hooked: Hooked, tokens: Int[Tensor, "sequence pos"], min_probabil
     for layer in range(hooked.n_layers):
         hooks.append(("resid_pre", layer, keep("resid_pre", layer)))
         hooks += [(site, layer, keep(name, layer)) for name, site in COMPONENTS]
+    hooks.append(("resid_post", hooked.n_layers - 1, keep("resid_pre", hooked.n_layers)))
     logits_of_targets, targets, probabilities = [], [], []
     for batch in tokens.split(hooked.batch_size(tokens.shape[1])):
         logits = hooked.run(batch, hooks)
@@ -244,7 +257,7 @@ def _clean_run(hooked: Hooked, tokens: Int[Tensor, "sequence pos"], min_probabil
         logit=torch.cat(logits_of_targets),
         targets=target,
         chosen=torch.cat(probabilities) > min_probability,
-        resid_pre=[activations[("resid_pre", layer)] for layer in range(hooked.n_layers)],
+        resid_pre=[activations[("resid_pre", layer)] for layer in range(hooked.n_layers + 1)],
         writes=writes,
         direct=direct,
         total=embedding + torch.stack(list(direct.values())).sum(0),
@@ -257,7 +270,7 @@ def _effects(hooked: Hooked, clean: _Clean, key: tuple[str, int], versions: Any)
     for replaced in versions:
         logit, changes, scale = _one_ablation(hooked, clean, key, replaced)
         downstream = {other: change for other, change in changes.items() if _is_downstream(hooked, key, other)}
-        upstream = [change for other, change in changes.items() if other not in downstream and other != key]
+        unaffected = [change for other, change in changes.items() if other not in downstream and other != key]
         own = changes[key]
         attention, mlp = (
             sum((change for other, change in downstream.items() if other[0] == name), torch.zeros_like(own))
@@ -275,7 +288,7 @@ def _effects(hooked: Hooked, clean: _Clean, key: tuple[str, int], versions: Any)
         }
         error = (total - own - attention - mlp - norm).abs()[clean.chosen]
         effects.identity_error = max(effects.identity_error, float(error.max()) if error.numel() else 0.0)
-        effects.upstream_error = max([effects.upstream_error, *(float(change.abs().max()) for change in upstream)])
+        effects.unaffected_error = max([effects.unaffected_error, *(float(change.abs().max()) for change in unaffected)])
         for into, values in ((effects.terms, measured), (effects.response, downstream)):
             for name, value in values.items():
                 into[name] = into[name] + value if name in into else value  # type: ignore[index]
@@ -292,8 +305,10 @@ def _one_ablation(
     hooked: Hooked, clean: _Clean, key: tuple[str, int], replaced: Float[Tensor, "sequence pos d_model"]
 ) -> tuple[Tensor, dict[tuple[str, int], Tensor], Tensor]:
     """The target's centred logit, Delta DE by component (from the ablated layer on), and the scale; all [sequence, pos]."""
-    ablated_name, first_layer = key
-    sites = dict(COMPONENTS)
+    name, layer = key
+    # What an MLP writes changes nothing before the next layer, which gets its input directly.
+    first_layer = layer if name == "attention" else layer + 1
+    entering = clean.resid_pre[layer] if name == "attention" else clean.resid_pre[layer + 1] + replaced - clean.writes[key]
     logits_of_targets: list[Tensor] = []
     effects: dict[tuple[str, int], list[Tensor]] = {}
     scales: list[Tensor] = []
@@ -313,12 +328,14 @@ def _one_ablation(
         def replace(_: Tensor, rows: slice = rows) -> Tensor:
             return replaced[rows]
 
-        hooks: list[Hook] = [(sites[ablated_name], first_layer, replace), *_scale_hooks(hooked, scales.append)]
-        for layer in range(first_layer, hooked.n_layers):
-            hooks += [(site, layer, project(name, layer)) for name, site in COMPONENTS]
-        logits = hooked.run(clean.tokens[rows], hooks, start=(first_layer, clean.resid_pre[first_layer][rows]))
+        hooks: list[Hook] = [("attn_out", layer, replace)] if name == "attention" else []
+        hooks += _scale_hooks(hooked, scales.append)
+        for later in range(first_layer, hooked.n_layers):
+            hooks += [(site, later, project(other, later)) for other, site in COMPONENTS]
+        logits = hooked.run(clean.tokens[rows], hooks, start=(first_layer, entering[rows]))
         logits_of_targets.append(centred_logit(logits, clean.targets[rows]))
     changes = {other: torch.cat(parts) - clean.direct[other] for other, parts in effects.items()}
+    changes[key] = _dot(replaced - clean.writes[key], clean.directions) / clean.scale
     return torch.cat(logits_of_targets), changes, _scale(torch.cat(scales) if scales else None, clean.targets)
 
 

@@ -134,7 +134,7 @@ def _prompts(
 ) -> Prompts:
     n_words = lexicon.shape[1]
     verb_of = dict(zip(other[0].tolist(), other[1].tolist(), strict=True))
-    queried = rng.choice(ranks, n_prompts)
+    queried = rng.permutation(np.resize(ranks, n_prompts))
     clean, shuffled = [], []
     for query in queried:
         shown = rng.choice(np.delete(np.arange(n_words), query), n_demonstrations, replace=False)

@@ -162,9 +162,9 @@ class Hooked:
         Args:
             tokens: Token ids, without padding.
             hooks: What to read and edit. Hooks of one site act in the order given.
-            start: `(layer, resid_pre)`: begin at that layer with that residual stream instead of at the tokens.
-                Exact in every class; it saves the earlier layers' work except on the TransformerBridge of
-                TransformerLens 3, which runs them all the same.
+            start: `(layer, resid_pre)`: begin at that layer with that residual stream instead of at the tokens;
+                `n_layers` leaves the final norm and the unembedding. Exact in every class; it saves the earlier
+                layers' work except on the TransformerBridge of TransformerLens 3, which runs them all the same.
 
         Raises:
             ValueError: No such site or layer in this model.
@@ -174,11 +174,14 @@ class Hooked:
         first: Tensor = tokens
         if start is not None:
             layer, resid = start
-            if self._starts_at_layer:
+            if not 0 <= layer <= self.n_layers:
+                raise ValueError(f"cannot start at layer {layer}: the model has layers 0..{self.n_layers - 1}")
+            if self._starts_at_layer and not (self._is_bridge and layer == self.n_layers):
                 first = resid
                 arguments["start_at_layer"] = layer
             else:
-                named.insert(0, self._adapt(f"blocks.{layer}.hook_resid_pre", lambda _: resid))
+                where = "resid_post" if layer == self.n_layers else "resid_pre"
+                named.insert(0, self._adapt(f"blocks.{min(layer, self.n_layers - 1)}.hook_{where}", lambda _: resid))
         with self.preserved():
             return self.model.run_with_hooks(first, fwd_hooks=named, **arguments)
 

@@ -27,13 +27,16 @@ MAX_TOKEN_LENGTH = 24
 DECIMALS = 3
 TOP_HEADS = 6  # shown of a score; a row of the view's small patterns
 VIEW_WIDTH = 640  # pixels; the enlarged head is a square of this size
+SMALL_PATTERNS_IN_A_ROW = 6
+SHARE = f"{100 / SMALL_PATTERNS_IN_A_ROW:.3f}%"
 
-# CircuitsVis sets its own heading sizes and a grid that follows the window; keep both inside the view.
+# CircuitsVis sets its own heading sizes, and small patterns whose size follows the window; keep both to the view.
 STYLE = f"""
-.attention-view {{ max-width: {VIEW_WIDTH}px; position: relative; font: 13px/1.4 system-ui, sans-serif; }}
+.attention-view {{ width: {VIEW_WIDTH}px; position: relative; font: 13px/1.4 system-ui, sans-serif; }}
 .attention-view h2 {{ font-size: 14px; font-weight: 600; }}
 .attention-view h3 {{ font-size: 13px; font-weight: 600; margin: 6px 0; }}
 .attention-view h4 {{ font-size: 10px; font-weight: 600; line-height: 1.2; }}
+.attention-view div:has(> div > div > h4) {{ flex: 0 0 {SHARE} !important; max-width: {SHARE} !important; }}
 """
 
 
@@ -105,11 +108,12 @@ class AttentionView:
 
     def _repr_html_(self) -> str:
         """Return an `<iframe>` that holds the page itself: works offline, and apart from the notebook's own scripts."""
-        thumbnails = math.ceil(len(self.head_names) / 6) * math.ceil(VIEW_WIDTH / 6)
+        thumbnails = math.ceil(len(self.head_names) / SMALL_PATTERNS_IN_A_ROW) * (VIEW_WIDTH // SMALL_PATTERNS_IN_A_ROW)
         height = 110 + thumbnails + VIEW_WIDTH + 40 * len(self.cut)
         return (
             f'<iframe srcdoc="{html.escape(self.to_html(), quote=True)}" sandbox="allow-scripts" '
-            f'style="width: 100%; min-width: 800px; height: {height}px; border: 0;" title="Attention heads"></iframe>'
+            f'style="width: 100%; min-width: {VIEW_WIDTH + 40}px; height: {height}px; border: 0;" '
+            'title="Attention heads"></iframe>'
         )
 
 

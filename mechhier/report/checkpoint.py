@@ -52,7 +52,7 @@ def head_panel(
     layers, heads = reading.labels("layer").tolist(), reading.labels("head").tolist()
     notes = reading.units(name)
     if f"{name}_uniform" in reading and null is not None:
-        notes += f"; uniform attention: {style.number(float(null.flat[0]))}"
+        notes += f"; uniform {style.number(float(null.flat[0]))}"
     return HeatPanel(
         title=f"{reading.title(name)}\n({notes})",
         z=z,

@@ -400,6 +400,7 @@ def _say_empty(figure: go.Figure, cell: dict[str, Any]) -> None:
         showarrow=False,
         text="no value is defined here",
         font={"color": style.GREY},
+        bgcolor="white",
     )
 
 

@@ -272,7 +272,7 @@ def _panel_for_each(arms: Arms, name: str, dim: str, scale: style.StepScale, *, 
             if label in reading.labels(dim).tolist()
         }
         panel = _scalar_panel(chosen, name, scale)
-        panels.append(replace(panel, title=f"{panel.title}\n{dim} {label}"))
+        panels.append(replace(panel, title=f"{panel.title}\n{dim}{' ' if isinstance(label, str) else ' = '}{label}"))
     return panels
 
 

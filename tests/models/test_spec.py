@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -131,9 +133,9 @@ def test_checkpoints_are_spaced_in_log_to_a_tenth_of_training_then_evenly():
     grid = checkpoint_steps(100_000, 12)
     early, late = grid[1:6], grid[5:]
     assert (early[0], early[-1]) == (1_000, 10_000)
-    ratios = [b / a for a, b in zip(early, early[1:], strict=False)]
+    ratios = [b / a for a, b in pairwise(early)]
     assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-3)
-    assert {b - a for a, b in zip(late, late[1:], strict=False)} == {15_000}
+    assert {b - a for a, b in pairwise(late)} == {15_000}
 
 
 @pytest.mark.parametrize(("steps", "n"), [(0, 5), (10, 1)])

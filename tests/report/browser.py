@@ -26,12 +26,20 @@ FLAGS = (
 )
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chrome or Chromium is installed")
 
+# A JavaScript function: whether anything is drawn on a canvas, and whether it is laid out small, large or not at all.
+INKED = """const inked = (canvas) => {
+    const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    const {clientWidth: width, clientHeight: height} = canvas.parentElement;
+    const size = width > 500 && height > 500 ? 'large' : width > 60 && width < 120 && height > 60 ? 'small' : 'lost';
+    return [data.some((value, i) => i % 4 === 3 && value > 0), size];
+};"""
+
 
 def evaluate(page: Path, expression: str, folder: Path):
-    """The value of a JavaScript expression in the page after it has drawn itself."""
+    """The value of a JavaScript expression, which may call `inked`, in the page after it has drawn itself."""
     script = (
         "<script>addEventListener('load', () => setTimeout(() => {"
-        f"const value = (() => {expression})();"
+        f"{INKED} const value = {expression};"
         "const mark = document.createElement('pre'); mark.id = 'answer';"
         "mark.textContent = JSON.stringify(value); document.body.append(mark);"
         "}, 3000));</script></body>"

@@ -136,13 +136,8 @@ def test_more_than_one_sequence_or_a_score_over_training_is_an_error(gpt2):
 @pytest.mark.slow
 def test_the_view_is_drawn_in_a_browser_without_a_network(tmp_path):
     page = tmp_path / "view.html"
-    page.write_text(attention_heads(["a", HOSTILE[:20], "c"], causal(3, 3), ["L0H0", "L0H1", "L1H0"]).to_html())
-    inked = """{
-        const inked = (canvas) => {
-            const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
-            return data.some((value, i) => i % 4 === 3 && value > 0);
-        };
-        return {canvases: [...document.querySelectorAll('canvas')].map(inked), title: document.title};
-    }"""
-    drawn = evaluate(page, inked, tmp_path)
-    assert drawn == {"canvases": [True] * 4, "title": "Attention heads"}  # a canvas a head, and the enlarged one
+    tokens = ["a", HOSTILE[:20], *"cdefgh"]
+    page.write_text(attention_heads(tokens, causal(3, 8), ["L0H0", "L0H1", "L1H0"]).to_html())
+    drawn = evaluate(page, "[[...document.querySelectorAll('canvas')].map(inked), document.title]", tmp_path)
+    # A canvas for every head, and the enlarged one.
+    assert drawn == [[[True, "small"]] * 3 + [[True, "large"]], "Attention heads"]

@@ -40,7 +40,7 @@ def test_heatmaps_hold_the_scores_and_the_uniform_baseline():
     heatmaps = traces(figure, "heatmap")
     assert len(heatmaps) == 6
     np.testing.assert_array_equal(np.asarray(heatmaps[0].z), scores.IND.to_numpy())
-    assert titles(figure).count("uniform attention: 0.08") == 6
+    assert titles(figure).count("uniform 0.08") == 6
     assert len({(h.zmin, h.zmax) for h in heatmaps}) == 1
     hover = heatmaps[0].customdata[2][4]
     assert f"value {scores.IND[2, 4].item():.3g}" in hover
