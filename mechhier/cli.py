@@ -20,7 +20,9 @@ def main() -> None:
 @app.command()
 def run(
     spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged experiment such as 'demo'.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: results/<name of the spec>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; default: results/<name of the spec>.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
 ) -> None:
     """Carry out an experiment: corpora, training, measurements, report. The same command goes on where it stopped."""

@@ -10,7 +10,6 @@ Conventions, kept by every phenomenon, sweep and figure:
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,6 +20,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from scipy import stats
+
+from mechhier.files import replacing
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 999
@@ -35,8 +36,8 @@ def versions() -> dict[str, str]:
 
 
 def mean_interval(
-    sums: Float[np.ndarray, "sample *shape"], counts: Float[np.ndarray, "sample *shape"], *, seed: int
-) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+    sums: Float[np.ndarray, "sample ..."], counts: Float[np.ndarray, "sample ..."], *, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of unequal samples and its 95 % percentile-bootstrap interval, whole samples resampled.
 
     A sample is one sequence: its positions are not independent, so it is drawn as a whole. The estimate is
@@ -48,7 +49,8 @@ def mean_interval(
         seed: Seed of the resampling.
 
     Returns:
-        Estimate, lower and upper bound; NaN where no value was counted. With one sample the bounds are NaN.
+        Estimate, lower and upper bound, each of the shape of one sample; NaN where no value was counted. Samples that
+        counted nothing are not resampled. With one sample the bounds are NaN.
     """
     sums, counts = np.broadcast_arrays(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
 
@@ -57,6 +59,8 @@ def mean_interval(
             return sums.sum(axis) / counts.sum(axis)
 
     estimate = ratio(sums, counts, 0)
+    counted = counts.reshape(len(counts), -1).any(axis=1)
+    sums, counts = sums[counted], counts[counted]
     if len(sums) < 2:
         return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
@@ -80,8 +84,8 @@ def mean_interval(
 def scored(
     name: str,
     dims: Sequence[str],
-    sums: Float[np.ndarray, "sample *shape"],
-    counts: Float[np.ndarray, "sample *shape"],
+    sums: Float[np.ndarray, "sample ..."],
+    counts: Float[np.ndarray, "sample ..."],
     *,
     long_name: str,
     units: str,
@@ -113,20 +117,16 @@ def best_of(
     return int(layer), int(head), sums[1::2, layer, head], counts[1::2, layer, head]
 
 
-def save(result: xr.Dataset, path: str | Path) -> Path:
-    """Write a result as netCDF, whole or not at all (a temporary name, then renamed).
+def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
+    """Write a result, or the tree of a sweep, as netCDF, whole or not at all.
 
     Returns:
         The path written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as temporary:
         result.to_netcdf(temporary, engine="h5netcdf")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from mechhier import results
+from mechhier.files import write_whole
 from mechhier.phenomena import PHENOMENA
 from mechhier.progress import track
 
@@ -142,8 +142,6 @@ def _error_file(path: Path) -> Path:
 def _record_error(path: Path, error: Exception) -> Path:
     target = _error_file(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}.part")
     described = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exception(error)}
-    temporary.write_text(json.dumps(described, indent=1))
-    os.replace(temporary, target)
+    write_whole(target, json.dumps(described, indent=1))
     return target

@@ -45,7 +45,8 @@ ARCHITECTURES = {
 }
 CLASSES = [
     pytest.param(
-        "hooked", marks=pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has TransformerBridge only")
+        "hooked",
+        marks=pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has TransformerBridge only"),
     ),
     "bridge",
 ]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import os
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import xarray as xr
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mechhier import results
 from mechhier.grammars import AnyGrammar
 from mechhier.models import ModelSpec, TrainSpec
 
@@ -110,7 +109,9 @@ class Experiment(BaseModel):
                 if entry.name.endswith(".yaml")
             }
             if str(source) not in packaged:
-                raise ExperimentError(f"no file {source}, and no packaged experiment of that name ({', '.join(packaged)})")
+                raise ExperimentError(
+                    f"no file {source}, and no packaged experiment of that name ({', '.join(packaged)})"
+                )
             text = packaged[str(source)].read_text(encoding="utf-8")
         else:
             text = path.read_text(encoding="utf-8")
@@ -147,7 +148,7 @@ class Experiment(BaseModel):
         out = Path(out)
         runs = {name: self._train(name, arm, out / name) for name, arm in self.arms.items()}
         tree = sweep(runs, self.phenomena, seed=self.seed)
-        _save_tree(tree, out / "results.nc")
+        results.save(tree, out / "results.nc")
         return write_summary(self, runs, tree, out)
 
     def _train(self, name: str, arm: Arm, folder: Path) -> Run:
@@ -155,14 +156,3 @@ class Experiment(BaseModel):
 
         corpus = arm.grammar.corpus(arm.n_tokens, seed=self.seed).save(folder / "corpus")
         return train(self.model, corpus, folder / "run", train=arm.train)
-
-
-def _save_tree(tree: xr.DataTree, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        tree.to_netcdf(temporary, engine="h5netcdf")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-

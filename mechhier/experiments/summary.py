@@ -108,13 +108,18 @@ def _loss(runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]) ->
 
 def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
     final = _final(by_arm)
-    figures: list[Any] = [plot(by_arm), *(plot(result, title=f"{arm}: heads at the end") for arm, result in final.items())]
+    figures: list[Any] = [
+        plot(by_arm),
+        *(plot(result, title=f"{arm}: heads at the end") for arm, result in final.items()),
+    ]
     gains = {arm: float(r.NEXT_text_best - r.NEXT_text_uniform) for arm, r in final.items() if "NEXT_text_best" in r}
     if gains:
         arm = max(gains, key=lambda name: gains[name])
         corpus = runs[arm].corpus.held_out("test", tokens=runs[arm].corpus.context)
         figures.append(show_attention(runs[arm].load(), corpus[0], heads=final[arm].NEXT_text))
-        looked_at = f" The last figure shows the heads of the arm {arm} with the most attention to copies of the next token."
+        looked_at = (
+            f" The last figure shows the heads of the arm {arm} with the most attention to copies of the next token."
+        )
     else:
         looked_at = ""
     return Section(
@@ -138,7 +143,9 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
 def _function_vectors(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
     final = _final(by_arm)
     without = [arm for arm, result in final.items() if result.attrs.get("has_function") == "False"]
-    missing = f" The arms {', '.join(without)} have no function to carry; they are asked as controls." if without else ""
+    missing = (
+        f" The arms {', '.join(without)} have no function to carry; they are asked as controls." if without else ""
+    )
     return Section(
         heading="Function vectors",
         shows=(
@@ -226,7 +233,9 @@ def contrasts(
                 best = f"{score}_best"
                 if best in result:
                     interval = (end[best], end[f"{best}_low"], end[f"{best}_high"])
-                    add(arm, f"{score}, best head", *interval, start[best], end[f"{score}_uniform"], "uniform attention")
+                    add(
+                        arm, f"{score}, best head", *interval, start[best], end[f"{score}_uniform"], "uniform attention"
+                    )
         if arm in measured.get("function_vectors", {}):
             result = measured["function_vectors"][arm]
             start, end = result.isel(step=0), result.isel(step=-1)
@@ -249,7 +258,16 @@ def contrasts(
             )
             where = end.AIE.argmax(("layer", "head"))
             top = end.isel({dim: int(index) for dim, index in where.items()})
-            add(arm, "AIE, largest head", top.AIE, top.AIE_low, top.AIE_high, start.AIE.max(), top.AIE_null, "shuffled means")
+            add(
+                arm,
+                "AIE, largest head",
+                top.AIE,
+                top.AIE_low,
+                top.AIE_high,
+                start.AIE.max(),
+                top.AIE_null,
+                "shuffled means",
+            )
         if arm in measured.get("hydra", {}):
             result = measured["hydra"][arm]
             start, end = (result.isel(step=step).sel(component="attention", layer=0) for step in (0, -1))

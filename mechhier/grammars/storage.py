@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mechhier.files import write_whole
 from mechhier.progress import track
 
 MANIFEST = "manifest.json"
@@ -90,7 +89,7 @@ def save_blocks(
     elif any(folder.glob("block-*.bin")):
         raise CorpusError(f"{folder} holds blocks of an unknown corpus; choose another folder, or empty this one")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / _UNFINISHED, json.dumps(description, indent=1).encode())
+    write_whole(folder / _UNFINISHED, json.dumps(description, indent=1).encode())
 
     paths = [folder / block_name(i) for i in range(len(block_bytes))]
     missing = [i for i, p in enumerate(paths) if not p.is_file() or p.stat().st_size != block_bytes[i]]
@@ -108,7 +107,7 @@ def save_blocks(
             "python": platform.python_version(),
         },
     )
-    _write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     (folder / _UNFINISHED).unlink()
 
 
@@ -147,7 +146,7 @@ def repair_blocks(folder: Path, manifest: Manifest, make_block: MakeBlock) -> No
                 f"{entry.file} cannot be generated again: the corpus was saved with {manifest.versions}, "
                 "and these versions generate other tokens. Save the corpus anew in another folder"
             )
-        _write_atomically(folder / entry.file, content)
+        write_whole(folder / entry.file, content)
 
 
 def _what_is_wrong(folder: Path, entry: BlockEntry) -> str:
@@ -180,14 +179,14 @@ def _start_worker(make_block: MakeBlock) -> None:
 
 def _write_block_in_worker(folder: Path, i: int) -> None:
     assert _make_block is not None
-    _write_atomically(folder / block_name(i), _make_block(i).tobytes())
+    write_whole(folder / block_name(i), _make_block(i).tobytes())
 
 
 def _write_blocks(folder: Path, make_block: MakeBlock, numbers: list[int], workers: int) -> Iterator[None]:
     """Write blocks, yielding once for each that is complete."""
     if workers == 1 or len(numbers) < 2:
         for i in numbers:
-            yield _write_atomically(folder / block_name(i), make_block(i).tobytes())
+            yield write_whole(folder / block_name(i), make_block(i).tobytes())
         return
     # Spawned, not forked: a forked child of a process with threads (torch, a progress display) can lock up.
     context = multiprocessing.get_context("spawn")
@@ -199,21 +198,6 @@ def _write_blocks(folder: Path, make_block: MakeBlock, numbers: list[int], worke
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either absent (or as it was) or complete, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _read_json(path: Path) -> Any:

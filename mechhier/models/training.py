@@ -20,14 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -36,7 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mechhier.grammars import Corpus, Grammar
+from mechhier.grammars import Corpus
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.run import (
     CHECKPOINTS,
@@ -51,6 +47,7 @@ from mechhier.models.run import (
     write_text,
 )
 from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
+from mechhier.models.tokenizer import word_level_tokenizer
 from mechhier.progress import track
 
 TRAINER = "trainer"
@@ -166,19 +163,6 @@ def _callers_random_state() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def word_level_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
-    """A tokenizer whose text reads `s12 v3 o7 <eos>`, words separated by blanks.
-
-    A word that is not in the vocabulary becomes `<unk>`, whose id is one beyond the model's embeddings: it fails
-    there rather than pass for a word.
-    """
-    words = {word: index for index, word in enumerate([*grammar.vocabulary, "<unk>"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    eos = grammar.vocabulary[grammar.eos_token_id]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, unk_token="<unk>")
 
 
 class _Rows(Dataset):
@@ -374,7 +358,8 @@ class _Session(TrainerCallback):
     def _add_loss(self, loss: torch.Tensor) -> None:
         self.loss_sum = self.loss_sum + loss
         self.loss_count += 1
-        self.learning_rate = float(self.trainer.lr_scheduler.get_last_lr()[0])  # pyright: ignore
+        scheduler: Any = self.trainer.lr_scheduler
+        self.learning_rate = scheduler.get_last_lr()[0]
 
     def _log_line(self, step: int) -> None:
         """Add a line to the log; stop here if the loss is no longer a number, before anything bad is saved."""

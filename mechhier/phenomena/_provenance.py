@@ -12,13 +12,17 @@ from mechhier.results import netcdf_safe, versions
 def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str, **settings: Any) -> dict[str, Any]:
     """Attributes of a result: what was measured, by whose definition, on which model, with which settings."""
     info = model_info(hooked.model)
-    described = {} if info is None else {
-        "model": info.name,
-        "architecture": info.architecture,
-        "checkpoint_step": info.step,
-        "revision": info.revision,
-        "processing": info.processing,
-    }
+    described = (
+        {}
+        if info is None
+        else {
+            "model": info.name,
+            "architecture": info.architecture,
+            "checkpoint_step": info.step,
+            "revision": info.revision,
+            "processing": info.processing,
+        }
+    )
     return netcdf_safe(
         {
             "phenomenon": phenomenon,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -128,6 +126,7 @@ def natural_tokens(hooked: Hooked, n_sequences: int, *, seed: int) -> tuple[str,
 def grammar_text(hooked: Hooked, n_sequences: int, *, seed: int) -> Int[torch.Tensor, "batch pos"]:
     """Held-out ("test" split) rows of the grammar that the model carries, as long as its context allows."""
     info = model_info(hooked.model)
-    assert info is not None and info.grammar is not None
+    assert info is not None
+    assert info.grammar is not None
     corpus = info.grammar.corpus(n_sequences * hooked.n_ctx, seed=seed, context=hooked.n_ctx, split="test")
     return hooked.check_tokens(corpus.rows(0, n_sequences))

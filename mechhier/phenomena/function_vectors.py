@@ -98,11 +98,19 @@ def function_vectors(
     one = np.ones((1, 1, 1))
     dims = ("layer", "head")
     variables = scored(
-        "AIE", dims, cie, one, long_name="average indirect effect on the answer's probability", units="probability", seed=seed
+        "AIE",
+        dims,
+        cie,
+        one,
+        long_name="average indirect effect on the answer's probability",
+        units="probability",
+        seed=seed,
     )
     null, _, _ = mean_interval(cie_null, one, seed=seed)
     variables["AIE_null"] = (
-        dims, null, {"long_name": "average indirect effect, mean over shuffled prompts", "units": "probability"}
+        dims,
+        null,
+        {"long_name": "average indirect effect, mean over shuffled prompts", "units": "probability"},
     )
     n_top = min(MAX_TOP_HEADS, max(1, hooked.n_layers * hooked.n_heads // 4))
     selected = _top(variables["AIE"][1], n_top)
@@ -257,7 +265,9 @@ def _injections(
                 def keep(resid: Tensor, layer: int, streams: dict[int, Tensor] = streams) -> None:
                     streams[layer] = resid
 
-                hooks: list[Hook] = [("resid_pre", layer, partial(keep, layer=layer)) for layer in range(hooked.n_layers)]
+                hooks: list[Hook] = [
+                    ("resid_pre", layer, partial(keep, layer=layer)) for layer in range(hooked.n_layers)
+                ]
                 base[kind][:, rows] = _judge(hooked.run(tokens[rows], hooks), prompts, rows)
                 if kind == "clean":
                     continue
@@ -269,19 +279,21 @@ def _injections(
                             resid[:, -1] += added.to(resid.dtype)
                             return resid
 
-                        logits = hooked.run(
-                            tokens[rows], [("resid_post", layer, add)], start=(layer, streams[layer])
-                        )
+                        logits = hooked.run(tokens[rows], [("resid_post", layer, add)], start=(layer, streams[layer]))
                         judged[:, rows, PROMPTS.index(kind), index, layer] = _judge(logits, prompts, rows)
                         if rows.stop == n_prompts:
                             advance()
 
     dims, one = ("prompt", "vector", "layer"), np.ones((1, 1, 1, 1))
     units = "accuracy"
-    variables = scored("accuracy", dims, judged[0], one, long_name="accuracy of f_t(x) after injection", units=units, seed=seed)
+    variables = scored(
+        "accuracy", dims, judged[0], one, long_name="accuracy of f_t(x) after injection", units=units, seed=seed
+    )
     other, _, _ = mean_interval(judged[1], one, seed=seed)
     variables["accuracy_other"] = (
-        dims, other, {"long_name": "accuracy of f_t'(x), the other task's answer, after injection", "units": units}
+        dims,
+        other,
+        {"long_name": "accuracy of f_t'(x), the other task's answer, after injection", "units": units},
     )
     for kind, values in base.items():
         variables |= scored(

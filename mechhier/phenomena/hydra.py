@@ -207,6 +207,10 @@ def hydra(
     )
 
 
+def _component_hooks(layer: int, reader: Callable[[str, int], Callable[[Tensor], None]]) -> list[Hook]:
+    return [(site, layer, reader(name, layer)) for name, site in COMPONENTS]
+
+
 def _scale_hooks(hooked: Hooked, read: Callable[[Tensor], None]) -> list[Hook]:
     return [] if hooked.final_norm == "none" else [("final_scale", None, read)]
 
@@ -229,10 +233,10 @@ def _clean_run(hooked: Hooked, tokens: Int[Tensor, "sequence pos"], min_probabil
 
         return read
 
-    hooks: list[Hook] = _scale_hooks(hooked, keep("final_scale", 0))
+    hooks = _scale_hooks(hooked, keep("final_scale", 0))
     for layer in range(hooked.n_layers):
         hooks.append(("resid_pre", layer, keep("resid_pre", layer)))
-        hooks += [(site, layer, keep(name, layer)) for name, site in COMPONENTS]
+        hooks += _component_hooks(layer, keep)
     hooks.append(("resid_post", hooked.n_layers - 1, keep("resid_pre", hooked.n_layers)))
     logits_of_targets, targets, probabilities = [], [], []
     for batch in tokens.split(hooked.batch_size(tokens.shape[1])):
@@ -288,7 +292,9 @@ def _effects(hooked: Hooked, clean: _Clean, key: tuple[str, int], versions: Any)
         }
         error = (total - own - attention - mlp - norm).abs()[clean.chosen]
         effects.identity_error = max(effects.identity_error, float(error.max()) if error.numel() else 0.0)
-        effects.unaffected_error = max([effects.unaffected_error, *(float(change.abs().max()) for change in unaffected)])
+        effects.unaffected_error = max(
+            [effects.unaffected_error, *(float(change.abs().max()) for change in unaffected)]
+        )
         for into, values in ((effects.terms, measured), (effects.response, downstream)):
             for name, value in values.items():
                 into[name] = into[name] + value if name in into else value  # type: ignore[index]
@@ -308,7 +314,9 @@ def _one_ablation(
     name, layer = key
     # What an MLP writes changes nothing before the next layer, which gets its input directly.
     first_layer = layer if name == "attention" else layer + 1
-    entering = clean.resid_pre[layer] if name == "attention" else clean.resid_pre[layer + 1] + replaced - clean.writes[key]
+    entering = (
+        clean.resid_pre[layer] if name == "attention" else clean.resid_pre[layer + 1] + replaced - clean.writes[key]
+    )
     logits_of_targets: list[Tensor] = []
     effects: dict[tuple[str, int], list[Tensor]] = {}
     scales: list[Tensor] = []
@@ -328,10 +336,11 @@ def _one_ablation(
         def replace(_: Tensor, rows: slice = rows) -> Tensor:
             return replaced[rows]
 
-        hooks: list[Hook] = [("attn_out", layer, replace)] if name == "attention" else []
-        hooks += _scale_hooks(hooked, scales.append)
+        hooks = _scale_hooks(hooked, scales.append)
+        if name == "attention":
+            hooks.append(("attn_out", layer, replace))
         for later in range(first_layer, hooked.n_layers):
-            hooks += [(site, later, project(other, later)) for other, site in COMPONENTS]
+            hooks += _component_hooks(later, project)
         logits = hooked.run(clean.tokens[rows], hooks, start=(first_layer, entering[rows]))
         logits_of_targets.append(centred_logit(logits, clean.targets[rows]))
     changes = {other: torch.cat(parts) - clean.direct[other] for other, parts in effects.items()}
@@ -366,7 +375,13 @@ def _terms(
         if term in _WITH_NULL:
             sums = _stack({key: _per_sequence(clean, effects.mean(term)) for key, effects in null.items()})
             variables |= scored(
-                f"{term}_null", dims, sums, counts, long_name=f"{long_name}, random perturbation", units="logit", seed=seed
+                f"{term}_null",
+                dims,
+                sums,
+                counts,
+                long_name=f"{long_name}, random perturbation",
+                units="logit",
+                seed=seed,
             )
     return variables
 

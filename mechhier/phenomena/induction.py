@@ -113,9 +113,7 @@ def _describe(name: str, sums: Sums, *, seed: int) -> Variables:
     attention, uniform, counts = sums
     long_name, units = _LONG_NAMES[name], "attention mass"
     counts_by_head = counts[:, None, None]
-    variables = scored(
-        name, ("layer", "head"), attention, counts_by_head, long_name=long_name, units=units, seed=seed
-    )
+    variables = scored(name, ("layer", "head"), attention, counts_by_head, long_name=long_name, units=units, seed=seed)
     baseline, _, _ = mean_interval(uniform, counts, seed=seed)
     variables[f"{name}_uniform"] = ((), baseline, {"long_name": f"{long_name}, uniform attention", "units": units})
     layer, head, best_sums, best_counts = best_of(attention, counts_by_head)
@@ -190,9 +188,7 @@ def _on_text(hooked: Hooked, tokens: Int[Tensor, "batch pos"]) -> dict[str, Sums
             pattern: Float[Tensor, "batch head query key"], weights: dict[str, Tensor] = weights
         ) -> dict[str, Float[Tensor, "batch head"]]:
             inner = pattern[:, :, :-1, :-1]
-            return {
-                name: torch.einsum("bhqk,bqk->bh", inner, weight).cpu() for name, weight in weights.items()
-            }
+            return {name: torch.einsum("bhqk,bqk->bh", inner, weight).cpu() for name, weight in weights.items()}
 
         per_layer = reduce_patterns(hooked, batch, masses)
         for name, mask in keys.items():

@@ -120,18 +120,29 @@ def _k_order(
         return pattern.diagonal(offset=-segment, dim1=-2, dim2=-1).cpu()
 
     batches = [
-        torch.stack(reduce_patterns(hooked, batch, at_lag), dim=1) for batch in tokens.split(hooked.batch_size(2 * segment))
+        torch.stack(reduce_patterns(hooked, batch, at_lag), dim=1)
+        for batch in tokens.split(hooked.batch_size(2 * segment))
     ]
     lagged = torch.cat(batches).double().numpy()
     by_order = np.stack([lagged[..., k:].mean(-1) for k in ORDERS], axis=1)
     long_name = "published k-order induction score: attention at lag n"
     dims = ("k", "layer", "head")
     variables = scored(
-        "k_order_induction", dims, by_order, np.ones((1, 1, 1, 1)), long_name=long_name, units="attention mass", seed=seed
+        "k_order_induction",
+        dims,
+        by_order,
+        np.ones((1, 1, 1, 1)),
+        long_name=long_name,
+        units="attention mass",
+        seed=seed,
     )
     uniform = 1.0 / (segment + 1.0 + np.arange(segment))
     extra = {
-        "k_order_induction_max": (("k",), variables["k_order_induction"][1].max((1, 2)), f"{long_name}, maximum over heads"),
+        "k_order_induction_max": (
+            ("k",),
+            variables["k_order_induction"][1].max((1, 2)),
+            f"{long_name}, maximum over heads",
+        ),
         "k_order_induction_uniform": (("k",), np.array([uniform[k:].mean() for k in ORDERS]), f"{long_name}, uniform"),
     }
     for name, (dims, value, label) in extra.items():

@@ -10,7 +10,6 @@ from jaxtyping import Int
 
 from mechhier.grammars import DocumentGrammar, Grammar
 
-
 MAX_NGRAM_WORDS = 16
 """Size of the token sets that stand for subjects, verbs and objects where a language has none."""
 
@@ -91,7 +90,9 @@ def grammar_tasks(
     if len(lexicons) < 2:
         raise ValueError("function vectors need at least two tasks, so that one can be the other's control")
     if n_demonstrations < 3:
-        raise ValueError(f"n_demonstrations must be at least 3 for shuffled answers to fit nowhere, got {n_demonstrations}")
+        raise ValueError(
+            f"n_demonstrations must be at least 3 for shuffled answers to fit nowhere, got {n_demonstrations}"
+        )
     if n_words < n_demonstrations + 1 or n_words < 3:
         raise ValueError(
             f"{n_demonstrations} demonstrations and a query that is not among them need {n_demonstrations + 1} words "

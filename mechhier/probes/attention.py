@@ -52,5 +52,7 @@ def patterns(
     def read(pattern: Tensor, layer: int) -> None:
         found.update({pair: pattern[:, pair[1]].float().cpu() for pair in heads if pair[0] == layer})
 
-    hooked.run(tokens, [("pattern", layer, partial(read, layer=layer)) for layer in sorted({pair[0] for pair in heads})])
+    hooked.run(
+        tokens, [("pattern", layer, partial(read, layer=layer)) for layer in sorted({pair[0] for pair in heads})]
+    )
     return torch.stack([found[pair] for pair in heads], dim=1).numpy()

@@ -43,8 +43,8 @@ class Hooked:
     | site | shape | meaning |
     |---|---|---|
     | embed | batch pos d_model | the residual stream that enters layer 0 (token and learned position embeddings) |
-    | resid_pre, resid_mid, resid_post | batch pos d_model | residual stream before, within (sequential blocks only), after a layer |
-    | attn_out, mlp_out | batch pos d_model | what the layer's attention, its MLP, adds to the residual stream, biases included |
+    | resid_pre, resid_mid, resid_post | batch pos d_model | the stream before, within (if not parallel), after a layer |
+    | attn_out, mlp_out | batch pos d_model | what attention, MLP add to the residual stream, biases included |
     | z | batch pos head d_head | a head's output before W_O |
     | pattern | batch head query key | attention probabilities |
     | final_scale | batch pos 1 | the final norm's sigma; can only be read; not in a model without norms |

@@ -18,9 +18,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from mechhier.files import write_whole
 from mechhier.report import attention, style
 from mechhier.report.attention import AttentionView
-from mechhier.report.images import ImageError, write_atomically, write_images
+from mechhier.report.images import ImageError, write_images
 
 TEMPLATE = "report.html.j2"
 IMAGE_FOLDER = "figures"
@@ -138,7 +139,7 @@ def _render(target: Path, context: Mapping[str, object], image_note: str) -> Non
         lstrip_blocks=True,
     )
     text = environment.get_template(TEMPLATE).render(**context, image_note=image_note)
-    write_atomically(target, text.encode("utf-8"))
+    write_whole(target, text)
 
 
 def _laid_out(sections: Sequence[Section], image_folder: Path) -> _Page:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+
+from mechhier.files import write_whole
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, DEFAULT_HEIGHT, SCALE = 960, 450, 2  # CSS pixels, and image pixels for each of them
@@ -71,19 +72,4 @@ async def _draw(figures: Mapping[Path, go.Figure], browser: str) -> None:
             height = figure.to_dict()["layout"].get("height", DEFAULT_HEIGHT)
             opts: Any = {"format": "png", "width": WIDTH, "height": height, "scale": SCALE}
             image = await renderer.calc_fig(figure, opts=opts)
-            write_atomically(path, image)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename: a reader sees the old or the new one, never half."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            write_whole(path, image)

@@ -10,7 +10,7 @@ from mechhier.grammars import DocumentGrammar
 from mechhier.models.loading import ModelInfo, ModelLoadError, load_model, model_info
 from mechhier.models.run import CorpusSpec, Manifest, checkpoint_folder
 from mechhier.models.spec import ModelSpec, TrainSpec
-from mechhier.models.training import word_level_tokenizer
+from mechhier.models.tokenizer import word_level_tokenizer
 
 needs_hooked_transformer = pytest.mark.skipif(
     not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has only the bridge"

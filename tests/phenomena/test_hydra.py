@@ -51,7 +51,9 @@ def test_total_effect_of_mean_ablation_equals_raw_pytorch_hooks(architecture):
         handle.remove()
         effect = (ablated - ablated.mean(-1, keepdim=True)) - (clean - clean.mean(-1, keepdim=True))
         expected = effect.gather(-1, target).mean()
-        assert float(result.total_effect.sel(component="attention", layer=layer)) == pytest.approx(float(expected), abs=1e-4)
+        assert float(result.total_effect.sel(component="attention", layer=layer)) == pytest.approx(
+            float(expected), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -112,9 +114,7 @@ def test_response_matrix_is_causal_and_adds_up_to_growth():
             assert (row.sel(responding_layer=slice(0, layer - 1)) == 0).all() if layer else True
             assert (row.sel(responding_component="attention", responding_layer=layer) == 0).all()
             growth = row.sel(responding_component="attention").sum()
-            np.testing.assert_allclose(
-                growth, result.attention_growth.sel(component=component, layer=layer), atol=1e-5
-            )
+            np.testing.assert_allclose(growth, result.attention_growth.sel(component=component, layer=layer), atol=1e-5)
 
 
 def test_compensation_is_the_least_squares_slope():
@@ -123,7 +123,9 @@ def test_compensation_is_the_least_squares_slope():
     result = mh.phenomena.hydra(model, tokens, ablation="zero", min_probability=0.0)
     hooked, W_U = Hooked(model), model.W_U.detach()
     seen = {}
-    clean = hooked.run(tokens, [("mlp_out", 0, lambda x: seen.update(w=x)), ("final_scale", None, lambda x: seen.update(s=x))])
+    clean = hooked.run(
+        tokens, [("mlp_out", 0, lambda x: seen.update(w=x)), ("final_scale", None, lambda x: seen.update(s=x))]
+    )
     target = clean.argmax(-1)
     u = ((W_U - W_U.mean(1, keepdim=True)) * hooked.final_gain[:, None]).T[target]
     direct = ((seen["w"] * u).sum(-1) / seen["s"][..., 0]).flatten()

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import xarray as xr
+import yaml
+from typer.testing import CliRunner
+
+from mechhier.cli import app
+from mechhier.experiments import Experiment, ExperimentError
+
+ARM = {
+    "title": "A pool",
+    "about": "A pool of lexicons.",
+    "grammar": {
+        "kind": "document",
+        "n_words": 9,
+        "n_connectors": 2,
+        "lexicon": 4,
+        "binding": 1.0,
+        "p_chain": 1.0,
+        "n_sections": 1,
+        "n_paragraphs": 1,
+        "context": 40,
+    },
+    "train": {"steps": 6, "warmup_steps": 1, "n_checkpoints": 3, "batch_size": 4, "eval_rows": 4},
+}
+TINY = {
+    "title": "Tiny",
+    "arms": {"pool": ARM, "ngram": {**ARM, "grammar": {"kind": "ngram", "n_tokens": 40, "context": 40}}},
+    "model": {"architecture": "llama", "n_layers": 2, "d_model": 16, "n_heads": 2},
+    "phenomena": {
+        "induction": {"n_sequences": 4},
+        "function_vectors": {"n_tasks": 3, "n_prompts": 3},
+        "hydra": {"n_sequences": 6, "n_patches": 3, "min_probability": 0.0},
+        "published": {"n_sequences": 4},
+    },
+}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.mark.slow
+def test_one_command_leaves_report_and_results_and_says_where(spec, tmp_path):
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["run", str(spec), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    page = (out / "report.html").read_text()
+    for text in ("Induction heads", "Hydra effect", "Function vectors", "uniform attention", "random perturbation"):
+        assert text in page
+    tree = xr.open_datatree(out / "results.nc", engine="h5netcdf")
+    assert {arm: set(tree[arm].children) for arm in tree.children} == {
+        arm: set(TINY["phenomena"]) for arm in TINY["arms"]
+    }
+    assert tree["pool/hydra"].ds.identity_error.max() < 1e-4
+    again = CliRunner().invoke(app, ["run", str(spec), "--out", str(out)])
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.slow
+def test_sigkill_and_the_same_command_give_the_results_of_an_uninterrupted_one(spec, tmp_path):
+    """Killed once in training and once in the sweep, by a hook in the process that does the work."""
+    program = (
+        "import os, signal, sys\n"
+        "import mechhier.sweeps as sweeps, mechhier.models.training as training\n"
+        "where = sys.argv.pop(1)\n"
+        "die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if where == 'training':\n"
+        "    loss, calls = training.cross_entropy, []\n"
+        "    training.cross_entropy = lambda *a, **k: die() if len(calls) > 6 else calls.append(1) or loss(*a, **k)\n"
+        "elif where == 'sweep':\n"
+        "    sweeps.PHENOMENA['hydra'] = die\n"
+        "from mechhier.cli import app\n"
+        "app()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(where, out):
+        arguments = [sys.executable, "-c", program, where, "run", str(spec), "--out", str(out)]
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+    assert command("training", tmp_path / "killed").returncode == -signal.SIGKILL
+    assert command("sweep", tmp_path / "killed").returncode == -signal.SIGKILL
+    for out in ("killed", "whole"):
+        finished = command("nowhere", tmp_path / out)
+        assert finished.returncode == 0, finished.stderr
+    for arm in TINY["arms"]:
+        weights = [
+            (tmp_path / out / arm / "run" / "checkpoints" / "step-000006" / "model.safetensors").read_bytes()
+            for out in ("killed", "whole")
+        ]
+        assert weights[0] == weights[1]
+    trees = [xr.load_datatree(tmp_path / out / "results.nc", engine="h5netcdf") for out in ("killed", "whole")]
+    xr.testing.assert_identical(*trees)
+
+
+def test_packaged_demo_is_valid_and_reads_nothing_twice():
+    demo = Experiment.read("demo")
+    assert list(demo.arms) == ["pool", "per_document", "fixed", "ngram"]
+    for arm in demo.arms.values():
+        assert arm.n_tokens == arm.train.steps * arm.train.batch_size * arm.grammar.context
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec: spec.update(sed=3), "sed: Extra inputs are not permitted"),
+        (lambda spec: spec["model"].update(layers=3), "model.layers: Extra inputs"),
+        (lambda spec: spec["arms"]["pool"]["grammar"].update(n_word=3), "n_word: Extra inputs"),
+        (lambda spec: spec["arms"]["pool"]["grammar"].update(n_words=0), "greater than or equal to 1"),
+        (lambda spec: spec["arms"]["pool"]["train"].pop("steps"), "train.steps is required"),
+        (lambda spec: spec["phenomena"].update(hidra={}), "no phenomenon 'hidra'"),
+        (lambda spec: spec["phenomena"]["hydra"].update(n_patch=3), "hydra has no options .'n_patch'."),
+        (lambda spec: spec["phenomena"]["hydra"].update(seed=3), "hydra has no options .'seed'."),
+        (lambda spec: spec["arms"].update({"../x": ARM}), "letters, digits and underscores"),
+        (lambda spec: spec.pop("model"), "model: Field required"),
+    ],
+)
+def test_every_field_is_used_or_refused(tmp_path, change, message):
+    spec = copy.deepcopy(TINY)
+    change(spec)
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    with pytest.raises(ExperimentError, match=message):
+        Experiment.read(path)
+    result = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files_and_other_text_are_refused(tmp_path):
+    with pytest.raises(ExperimentError, match=r"no packaged experiment of that name \(demo\)"):
+        Experiment.read("demos")
+    path = tmp_path / "spec.yaml"
+    path.write_text("[1, 2")
+    with pytest.raises(ExperimentError, match="is not YAML"):
+        Experiment.read(path)
+    path.write_text("- 1")
+    with pytest.raises(ExperimentError, match="must hold the fields title, seed, arms"):
+        Experiment.read(path)
+
+
+def test_yaml_cannot_make_python_objects(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("title: !!python/object/apply:os.getcwd []")
+    with pytest.raises(ExperimentError, match="is not YAML"):
+        Experiment.read(path)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from random_models import CLASSES, random_hf, random_hooked
+
+import mechhier as mh
+from mechhier.models import load_model
+from mechhier.models.planted import planted_duplicate, planted_induction, planted_inert
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_k_order_score_is_zero_for_induction_and_one_for_duplicate_tokens(kind):
+    induction = mh.phenomena.published(load_model(planted_induction().model, as_=kind))
+    assert induction.attrs["segment"] == 64
+    np.testing.assert_allclose(induction.k_order_induction.sel(layer=1, head=0), 0.0, atol=0.02)
+    planted = planted_duplicate()
+    layer, head = planted.heads["duplicate_token"]
+    duplicate = mh.phenomena.published(load_model(planted.model, as_=kind))
+    # Tokens are drawn with replacement: a token that occurs twice in r shares its attention among its copies.
+    assert (duplicate.k_order_induction.sel(layer=layer, head=head) > 0.7).all()
+    spread = duplicate.k_order_induction.sel(layer=layer, head=head)
+    assert float(spread.max() - spread.min()) < 0.05
+
+
+def test_uniform_attention_scores_the_stated_chance_of_about_a_hundredth():
+    result = mh.phenomena.published(load_model(planted_inert().model))
+    expected = np.mean([1 / (q + 1) for q in range(65, 128)])
+    assert float(result.k_order_induction_uniform.sel(k=1)) == pytest.approx(expected)
+    np.testing.assert_allclose(result.k_order_induction.sel(k=1), expected, atol=1e-6)
+
+
+def test_hydra_drop_of_a_bias_free_model_is_the_clean_unnormed_logit():
+    """The paper's Hydra score holds no ablation: by Hugging Face's own hidden states."""
+    hf = random_hf("llama")
+    model = load_model(hf)
+    result = mh.phenomena.published(model, n_sequences=6, seed=2)
+    from mechhier.phenomena._tokens import natural_tokens
+    from mechhier.probes import Hooked
+
+    _, tokens = natural_tokens(Hooked(model), 6, seed=2)
+    with torch.no_grad():
+        hidden = hf(tokens, output_hidden_states=True).hidden_states
+    unembed = hf.lm_head.weight.detach()[tokens[:, -1]]
+    for layer in (1,):  # the last hidden state of Hugging Face is normed already
+        expected = float((hidden[layer + 1][:, -1] * unembed).sum(-1).mean())
+        assert float(result.hydra_drop.sel(distance=1, layer=layer)) == pytest.approx(expected, abs=1e-4)
+    assert result.hydra_drop.sel(layer=0).isnull().all()
+    assert result.hydra_drop.sel(distance=2, layer=1).isnull()
+
+
+def test_hydra_drop_of_a_model_with_biases_subtracts_what_the_zeroed_run_gives():
+    model = random_hooked("gpt2", None)
+    drop = mh.phenomena.published(model, n_sequences=4).hydra_drop
+    assert (drop.sel(distance=1, layer=2) - drop.sel(distance=2, layer=2)).item() != pytest.approx(0.0, abs=1e-3)
+
+
+def test_syntax_and_function_scores_are_near_uniform_for_an_untrained_model(tmp_path):
+    grammar = mh.grammars.DocumentGrammar(n_words=6, n_connectors=3, context=40)
+    spec = mh.TrainSpec(steps=2, warmup_steps=1, n_checkpoints=2, batch_size=2, eval_rows=2)
+    run = mh.train(mh.ModelSpec("llama", n_layers=1, d_model=16, n_heads=2), grammar.corpus(400), tmp_path, train=spec)
+    result = mh.phenomena.published(run.load(0))
+    assert result.syntax_mass.sel(transition="S->V").item() == pytest.approx(6 / 22, abs=0.1)
+    np.testing.assert_allclose(result.syntax_mass_uniform, 6 / 22)
+    assert float(result.function_vector_probability) == pytest.approx(1 / 22, abs=0.03)
+
+
+def test_a_context_without_room_for_ten_orders_is_refused():
+    spec = mh.ModelSpec("llama", n_layers=1, d_model=16, n_heads=2)
+    model = load_model(spec.build(vocab_size=30, eos_token_id=0, n_ctx=16))
+    with pytest.raises(ValueError, match="at least 32 tokens"):
+        mh.phenomena.published(model)
