@@ -1,8 +1,8 @@
 """Execute the notebooks and store them with outputs that GitHub shows and git can bear.
 
-Every plotly figure is stored as its data, which Jupyter draws interactively, and as a PNG, which GitHub shows; plotly.js
-(4.8 MB) is left out. An attention view (1.7 MB, most of it CircuitsVis) is stored as a PNG of itself alone. Progress bars
-are not stored. Needs a Chrome or Chromium; running a notebook does not.
+Every plotly figure is stored as its data, which Jupyter draws interactively, and as a PNG, which GitHub shows;
+plotly.js (4.8 MB) is left out. An attention view (1.7 MB, most of it CircuitsVis) is stored as a PNG of itself alone.
+Progress bars are not stored. Needs a Chrome or Chromium; running a notebook does not.
 
     .venv/bin/python notebooks/store.py
 """
@@ -30,8 +30,9 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_BYTES = 3_000_000
 SECONDS_A_CELL = 600
 SECONDS_A_SCREENSHOT = 120
-ATTENTION_VIEW = re.compile(r'<iframe srcdoc="([^"]*)".*height: (\d+)px.*title="Attention heads"', re.DOTALL)
-VIEW_WIDTH = 700
+ATTENTION_VIEW = re.compile(r'<iframe srcdoc="([^"]*)"[^>]*title="Attention heads"')
+VIEW_SIZE = "700,720"
+"""CSS pixels of an attention view with one row of small patterns; its frame leaves room for more."""
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def reduce_outputs(notebook: NotebookNode, browser: str) -> None:
                 if PLOTLY in data:
                     figures[image] = data
                 elif view := ATTENTION_VIEW.search(data.get(HTML, "")):
-                    screenshot(html.unescape(view[1]), image, height=int(view[2]), browser=browser)
+                    screenshot(html.unescape(view[1]), image, browser=browser)
                     del data[HTML]
                     data[PNG] = encoded(image)
         write_images({image: go.Figure(without_config(data[PLOTLY])) for image, data in figures.items()})
@@ -87,12 +88,12 @@ def without_config(figure: dict) -> dict:
     return {key: value for key, value in figure.items() if key != "config"}
 
 
-def screenshot(page: str, image: Path, *, height: int, browser: str) -> None:
+def screenshot(page: str, image: Path, *, browser: str) -> None:
     """Write a PNG of a page, drawn by a headless browser that needs no network for it."""
     source = image.with_suffix(".html")
     source.write_text(page, encoding="utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1.5"]
-    wait = ["--virtual-time-budget=20000", f"--window-size={VIEW_WIDTH},{height}"]
+    wait = ["--virtual-time-budget=20000", f"--window-size={VIEW_SIZE}"]
     command = [browser, *flags, *wait, f"--user-data-dir={image.parent}", f"--screenshot={image}", source.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=SECONDS_A_SCREENSHOT)
 

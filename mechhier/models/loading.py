@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mechhier.grammars import Corpus
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
 from mechhier.models.wrapping import UnsupportedModelError, hooked_transformer_class, to_bridge, to_hooked_transformer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
-    from mechhier.grammars import AnyGrammar
+    from mechhier.grammars import Grammar
 
     HookedModel = HookedTransformer | TransformerBridge
 
@@ -47,7 +48,7 @@ class ModelInfo:
     """Training step, where the source says it (a run's checkpoint, a hub revision such as `step1000-tokens4B`)."""
     revision: str | None = None
     """The hub revision that was asked for."""
-    grammar: AnyGrammar | None = None
+    grammar: Grammar | None = None
     """The grammar that the model was trained on, for a checkpoint of one of our runs."""
     processing: str = "none"
     """`none` if the weights are the trained ones, `folded` if the norms' gains were folded into the next weights,
@@ -115,7 +116,9 @@ def load_model(
         return _attach(hooked, replace(info, name=folder.resolve().name))
     path, manifest = run
     step = int(folder.resolve().name.removeprefix("step-"))
-    return _attach(hooked, replace(info, name=path.name, step=step, grammar=manifest.corpus.grammar))
+    return _attach(
+        hooked, replace(info, name=path.name, step=step, grammar=Corpus.from_description(manifest.corpus).grammar)
+    )
 
 
 def model_info(model: torch.nn.Module) -> ModelInfo | None:

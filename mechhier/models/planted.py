@@ -217,12 +217,12 @@ def planted_backup(vocab_size: int = 320, n_ctx: int = 128, *, share: float = 0.
     Head 0 of layer 0, the name mover, attends from everywhere to position 1 and writes its token, which the model
     predicts, and a flag. Head 0 of layer 1, the backup, attends to position 0 where it sees the flag, else to position
     1, and writes `share` of what the name mover writes. Sequences must begin with token 0, the sink, which has no value
-    and is nowhere else. MLPs are zero.
+    and is nowhere else, and have at least 8 tokens. MLPs are zero.
 
     `expected` is attention growth / -own change of layer 0's attention, `repair_share_*` by ablation. It follows from
-    the weights, for any sequences, to 1e-4. Zero ablation alone takes the flag away: a resampled or a mean write still
-    carries it, and the backup stays silent. A random perturbation of the same norm seldom hides the flag from it: less
-    than one position in a thousand with the default sizes, one in ten in a model of 80 dimensions.
+    the weights, to 1e-4. Zero ablation alone takes the flag away: a resampled or a mean write still carries it, and the
+    backup stays silent. A random perturbation of the same norm seldom hides the flag with the default sizes, but does
+    so for one position in ten where the model has 80 dimensions.
 
     Args:
         vocab_size: Number of tokens; the model has `2 * (vocab_size + n_ctx)` dimensions.
@@ -238,6 +238,7 @@ def planted_backup(vocab_size: int = 320, n_ctx: int = 128, *, share: float = 0.
         raise ValueError(f"share must not be negative, got {share}")
     build = _Builder(vocab_size, n_ctx)
     constant, flag, origin = build.constant(), build.subspace(1).start, build.subspace(1).start
+    answer = build.previous  # No head of this model writes previous tokens.
     sink_position, name_position = build.position.start, build.position.start + 1
     names = slice(1, vocab_size)
     # Where layer 0 has written nothing, a token, a position and the constant.
@@ -246,7 +247,7 @@ def planted_backup(vocab_size: int = 320, n_ctx: int = 128, *, share: float = 0.
     def copy_name(scale: float) -> tuple[Tensor, Tensor]:
         value, read = build.maps(2)
         value[names, names] = torch.eye(vocab_size - 1) * scale / bare
-        read[build.token, build.token] = torch.eye(vocab_size)
+        read[answer, build.token] = torch.eye(vocab_size)
         return build.read_against(origin, value), read.T
 
     query, key = build.maps(2)
@@ -255,8 +256,8 @@ def planted_backup(vocab_size: int = 320, n_ctx: int = 128, *, share: float = 0.
     output[build.token, flag] = 1.0
     build.head(0, query=query, key=build.read_against(origin, key), value=value, output=output)
 
-    # The largest that a residual gets, so the least that the LayerNorm leaves of the query's and the key's ones.
-    least = build.norm_factor(1 + _OUTPUT_SCALE, 1.0, 1.0, _OUTPUT_SCALE)
+    # Where layer 0 has written: the LayerNorm leaves least of the query and the key.
+    least = build.norm_factor(1.0, 1.0, 1.0, _OUTPUT_SCALE, _OUTPUT_SCALE)
     query, key = build.maps(2)
     query[flag, 0], query[constant, 0] = 2 / _OUTPUT_SCALE, -1.0
     query *= _SCORE_GAP * sqrt(build.d_head) / least**2
@@ -266,6 +267,7 @@ def planted_backup(vocab_size: int = 320, n_ctx: int = 128, *, share: float = 0.
     build.head(1, query=query, key=key, value=value, output=output)
     with torch.no_grad():
         build.attention(0).c_attn.bias[0] = _SCORE_GAP * sqrt(build.d_head) / bare
+        build.model.lm_head.weight[:, answer] = torch.eye(vocab_size)
     return PlantedModel(
         build.model,
         expected={"repair_share_zero": share, "repair_share_mean": 0.0, "repair_share_resample": 0.0},
@@ -300,7 +302,7 @@ def planted_function_vector(grammar: DocumentGrammar, n_ctx: int = 64) -> Plante
             f"a function to carry needs a pool of lexicons and binding=1; the grammar has lexicon={grammar.lexicon!r} and "
             f"binding={grammar.binding}"
         )
-    lexicons = torch.as_tensor(grammar.lexicons)
+    lexicons = torch.tensor(grammar.lexicons)
     n_tasks, _, n_words = lexicons.shape
     subjects, verbs = slice(0, n_words), slice(n_words, 2 * n_words)
     n_units = n_tasks * n_words

@@ -10,15 +10,15 @@ run/
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mechhier.grammars import AnyGrammar, Corpus
+from mechhier.files import write_whole
+from mechhier.grammars import Corpus, Grammar
 from mechhier.models.spec import ModelSpec, TrainSpec
 
 if TYPE_CHECKING:
@@ -40,37 +40,6 @@ class MissingCheckpointError(RunError, LookupError):
     """The run has no checkpoint of that step; the message lists those it has."""
 
 
-class CorpusSpec(BaseModel):
-    """Everything that a corpus is made from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    grammar: AnyGrammar
-    tokens: int
-    context: int
-    seed: int
-    packed: bool
-    split: Literal["train", "validation", "test"]
-
-    @classmethod
-    def of(cls, corpus: Corpus) -> CorpusSpec:
-        """Describe a corpus."""
-        return cls(
-            grammar=cast("AnyGrammar", corpus.grammar),
-            tokens=corpus.n_tokens,
-            context=corpus.context,
-            seed=corpus.seed,
-            packed=corpus.packed,
-            split=corpus.split,
-        )
-
-    def open(self) -> Corpus:
-        """The corpus again, streamed."""
-        return self.grammar.corpus(
-            self.tokens, seed=self.seed, context=self.context, packed=self.packed, split=self.split
-        )
-
-
 class Manifest(BaseModel):
     """The contents of `manifest.json`."""
 
@@ -79,7 +48,8 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     model: ModelSpec
     train: TrainSpec
-    corpus: CorpusSpec
+    corpus: dict[str, Any]
+    """The corpus as its `description` says it."""
     steps: int
     """Optimizer steps of the whole training."""
     device: str
@@ -104,7 +74,7 @@ class Manifest(BaseModel):
 
     def write(self, run: Path) -> None:
         """Write the manifest, whole or not at all."""
-        write_text(run / MANIFEST, self.model_dump_json(indent=2) + "\n")
+        write_whole(run / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
     def differences(self, other: Manifest) -> list[str]:
         """Which settings of model, training and corpus differ, as `name: mine -> theirs`."""
@@ -121,16 +91,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     branches = (_flat(branch, f"{prefix}.{name}".lstrip(".")) for name, branch in tree.items())
     return {name: leaf for branch in branches for name, leaf in branch.items()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it: a reader sees the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def package_versions() -> dict[str, str]:
@@ -175,7 +135,7 @@ class Run:
         spec = self.spec
         return (
             f"Run({str(self.path)!r}: {spec.architecture}, {spec.n_layers} layers, d_model {spec.d_model}, "
-            f"{self.grammar.kind} grammar, {len(self.steps)} checkpoints to step {self.manifest.steps})"
+            f"{type(self.grammar).__name__}, {len(self.steps)} checkpoints to step {self.manifest.steps})"
         )
 
     @property
@@ -189,14 +149,14 @@ class Run:
         return self.manifest.train
 
     @property
-    def grammar(self) -> AnyGrammar:
+    def grammar(self) -> Grammar:
         """The language it was trained on."""
-        return self.manifest.corpus.grammar
+        return self.corpus.grammar
 
     @property
     def corpus(self) -> Corpus:
         """The text it was trained on, generated again when it is read."""
-        return self.manifest.corpus.open()
+        return Corpus.from_description(self.manifest.corpus)
 
     @property
     def steps(self) -> list[int]:

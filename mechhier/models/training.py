@@ -32,19 +32,18 @@ from transformers import (
     TrainingArguments,
 )
 
+from mechhier.files import write_whole
 from mechhier.grammars import Corpus
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.run import (
     CHECKPOINTS,
     LOG,
     MANIFEST,
-    CorpusSpec,
     Manifest,
     Run,
     RunError,
     checkpoint_folder,
     package_versions,
-    write_text,
 )
 from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
 from mechhier.models.tokenizer import word_level_tokenizer
@@ -123,7 +122,7 @@ def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
     return Manifest(
         model=spec,
         train=train,
-        corpus=CorpusSpec.of(corpus),
+        corpus=corpus.description,
         steps=steps,
         device=f"{n_processes} x {device.type}, {precision}",
         versions=package_versions(),
@@ -305,7 +304,9 @@ class _Session(TrainerCallback):
             self._save_weights(0)
         if step == self.manifest.steps:
             return
-        with track(f"training {self.out.name}", total=self.manifest.steps, completed=step) as self.advance:
+        with track(
+            f"training {'/'.join(self.out.parts[-2:])}", total=self.manifest.steps, completed=step
+        ) as self.advance:
             self.trainer.train(resume_from_checkpoint=str(state) if state else None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -334,7 +335,7 @@ class _Session(TrainerCallback):
             "loss_count": self.loss_count,
             "log": self.log,
         }
-        write_text(folder / _POINTER, json.dumps(pointer))
+        write_whole(folder / _POINTER, json.dumps(pointer))
         _remove_states(folder, keep=state.global_step)
         self.last_save = time.monotonic()
         self.save_seconds = self.last_save - self.save_started
@@ -382,7 +383,7 @@ class _Session(TrainerCallback):
             )
         self.log.append({"step": step, "loss": loss, "eval_loss": eval_loss, "learning_rate": learning_rate})
         if self.main:
-            write_text(self.out / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
+            write_whole(self.out / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
 
     @torch.no_grad()
     def _evaluate(self) -> float:

@@ -71,7 +71,7 @@ def test_one_command_leaves_report_and_results_and_says_where(spec, tmp_path):
 def test_sigkill_and_the_same_command_give_the_results_of_an_uninterrupted_one(spec, tmp_path):
     """Killed once in training and once in the sweep, by a hook in the process that does the work."""
     program = (
-        "import os, signal, sys\n"
+        "import functools, os, signal, sys\n"
         "import mechhier.sweeps as sweeps, mechhier.models.training as training\n"
         "where = sys.argv.pop(1)\n"
         "die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -79,7 +79,7 @@ def test_sigkill_and_the_same_command_give_the_results_of_an_uninterrupted_one(s
         "    loss, calls = training.cross_entropy, []\n"
         "    training.cross_entropy = lambda *a, **k: die() if len(calls) > 6 else calls.append(1) or loss(*a, **k)\n"
         "elif where == 'sweep':\n"
-        "    sweeps.PHENOMENA['hydra'] = die\n"
+        "    sweeps.PHENOMENA['hydra'] = functools.wraps(sweeps.PHENOMENA['hydra'])(die)\n"
         "from mechhier.cli import app\n"
         "app()\n"
     )

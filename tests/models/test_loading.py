@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfi
 
 from mechhier.grammars import DocumentGrammar
 from mechhier.models.loading import ModelInfo, ModelLoadError, load_model, model_info
-from mechhier.models.run import CorpusSpec, Manifest, checkpoint_folder
+from mechhier.models.run import Manifest, checkpoint_folder
 from mechhier.models.spec import ModelSpec, TrainSpec
 from mechhier.models.tokenizer import word_level_tokenizer
 
@@ -92,7 +92,7 @@ def test_a_runs_checkpoint_carries_its_grammar_step_and_tokenizer(tmp_path, kind
     spec.build(vocab_size=grammar.vocab_size, n_ctx=16, eos_token_id=grammar.eos_token_id).save_pretrained(checkpoint)
     word_level_tokenizer(grammar).save_pretrained(checkpoint)
     Manifest(
-        model=spec, train=TrainSpec(), corpus=CorpusSpec.of(corpus), steps=400, device="cpu", versions={}, finished=True
+        model=spec, train=TrainSpec(), corpus=corpus.description, steps=400, device="cpu", versions={}, finished=True
     ).write(run)
 
     hooked = load_model(checkpoint, as_=kind)

@@ -172,9 +172,9 @@ from mechhier.models import training
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_plan
 
-write = training.write_text
+write = training.write_whole
 training._STATE_SECONDS = training._STATE_SHARE = -1.0
-training.write_text = lambda *args: (time.sleep(0.1), write(*args))  # leaves time to be killed between writes
+training.write_whole = lambda *args: (time.sleep(0.1), write(*args))  # leaves time to be killed between writes
 plan = tiny_plan()
 training.train(plan.spec, plan.corpus, sys.argv[2], train=plan.train)
 """

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from random_models import CLASSES, random_hf, random_hooked
+
+import mechhier as mh
+from mechhier.grammars import DocumentGrammar
+from mechhier.models import load_model
+from mechhier.models.loading import model_info
+from mechhier.models.planted import planted_function_vector
+from mechhier.phenomena.function_vectors import VECTORS
+from mechhier.phenomena.tasks import Task, concatenate, grammar_tasks
+from mechhier.probes import Hooked
+
+N_WORDS = 12
+GRAMMAR = DocumentGrammar(n_words=N_WORDS, n_connectors=1, lexicon=6, binding=1.0, p_chain=1.0)
+FIRST_VERB = N_WORDS
+N_CHOSEN_ON = 4
+"""Of the six tasks, those on which heads are chosen; the other two are held out."""
+CONTEXT = 40
+SPLITS = ("selection", "estimation", "test")
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    return grammar_tasks(GRAMMAR, n_tasks=6, n_prompts=6)
+
+
+@pytest.fixture(scope="module")
+def short_tasks() -> list[Task]:
+    return grammar_tasks(GRAMMAR, n_tasks=6, n_demonstrations=4, n_prompts=5)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return planted_function_vector(GRAMMAR, n_ctx=CONTEXT)
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def measured(request, planted, tasks):
+    return mh.phenomena.function_vectors(load_model(planted.model, as_=request.param), tasks)
+
+
+def held_out(tasks):
+    return concatenate([task.test for task in tasks[N_CHOSEN_ON:]])
+
+
+def perturbed(model):
+    """The planted model with noise on every weight: no score of it is all or nothing."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+# -- planted model ----------------------------------------------------------------------------------------------------
+
+
+def test_indirect_effect_singles_out_the_planted_head(measured, planted):
+    layer, head = planted.heads["function_vector"]
+    assert float(measured.AIE[layer, head]) == pytest.approx(planted.expected["AIE"], abs=0.03)
+    assert float(measured.AIE_low[layer, head]) > 0.8
+    others = measured.AIE.values.copy()
+    others[layer, head] = 0.0
+    np.testing.assert_allclose(others, 0.0, atol=1e-3)
+    np.testing.assert_allclose(measured.AIE_null, 0.0, atol=0.01)
+    assert np.argwhere(measured.selected.values).tolist() == [[layer, head]]
+
+
+def test_accuracies_without_injection_are_the_planted_ones(measured, planted, tasks):
+    guess = (held_out(tasks).answers == FIRST_VERB).mean()
+    assert measured.accuracy_clean == planted.expected["accuracy_clean"]
+    assert measured.accuracy_shuffled == guess
+    assert measured.accuracy_zero_shot == guess
+
+
+@pytest.mark.parametrize("prompt", ["zero_shot", "shuffled"])
+def test_planted_vector_makes_the_model_do_the_task_it_stands_for(measured, planted, tasks, prompt):
+    test = held_out(tasks)
+    same = (test.answers == test.other_answers).mean()
+    own, other = (measured.sel(prompt=prompt, vector=vector) for vector in ("function_vector", "other_task"))
+    early, late = {"layer": slice(0, 1)}, {"layer": 2}
+    np.testing.assert_array_equal(own.accuracy.sel(early), planted.expected["accuracy_injected"])
+    np.testing.assert_array_equal(own.accuracy_other.sel(early), same)
+    np.testing.assert_array_equal(other.accuracy_other.sel(early), planted.expected["accuracy_injected"])
+    np.testing.assert_array_equal(other.accuracy.sel(early), same)
+    np.testing.assert_allclose(own.recovery.sel(early), 1.0, atol=0.03)
+    np.testing.assert_allclose(other.recovery.sel(early), -1.0, atol=0.05)
+    # Layer 2 reads the vector: behind it there is nothing that does.
+    for vector in (own, other):
+        assert vector.accuracy.sel(late) == (test.answers == FIRST_VERB).mean()
+        assert abs(vector.recovery.sel(late)) < 1e-3
+
+
+@pytest.mark.parametrize("vector", ["random_heads", "random_norm", "grand_mean"])
+def test_control_vectors_do_not(measured, vector):
+    control = measured.sel(vector=vector)
+    assert control.accuracy.max() <= 0.35
+    np.testing.assert_allclose(control.recovery, 0.0, atol=0.1)
+
+
+# -- nulls ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_untrained_model_carries_nothing(kind, tasks):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": GRAMMAR.vocab_size}
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
+    result = mh.phenomena.function_vectors(load_model(hf.eval(), as_=kind), tasks)
+    np.testing.assert_allclose(result.AIE, 0.0, atol=1e-3)
+    assert result.accuracy_clean <= 0.25
+    assert result.accuracy.mean() <= 0.15
+
+
+def test_lexicons_that_the_planted_model_does_not_know_are_not_carried(planted):
+    """The same words, paired in another way."""
+    unknown = grammar_tasks(DocumentGrammar(**GRAMMAR.model_dump() | {"language_seed": 1}), n_tasks=6, n_prompts=6)
+    result = mh.phenomena.function_vectors(load_model(planted.model), unknown)
+    np.testing.assert_allclose(result.AIE, 0.0, atol=0.01)
+    assert result.accuracy_clean <= 0.25
+    assert result.accuracy.sel(vector="function_vector").max() <= 0.25
+
+
+# -- brute force on the Hugging Face model ----------------------------------------------------------------------------
+
+
+def hf_probability(hf, tokens, answers):
+    with torch.no_grad():
+        probability = hf(torch.as_tensor(tokens)).logits[:, -1].softmax(-1)
+    return probability[torch.arange(len(answers)), torch.as_tensor(answers)]
+
+
+def hf_mean_input(hf, layer, tokens):
+    """Mean over prompts of what enters a layer's attention output projection at the last token: all heads' z."""
+    seen = []
+    projection = hf.transformer.h[layer].attn.c_proj
+    handle = projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, -1]))
+    with torch.no_grad():
+        hf(torch.as_tensor(tokens))
+    handle.remove()
+    return seen[0].mean(0)
+
+
+@pytest.fixture(scope="module", params=["planted", "random"])
+def hf_and_result(request, planted, short_tasks):
+    """A model in which every head matters, and its result: perturbed planted (one head chosen), random (three)."""
+    hf = perturbed(planted.model) if request.param == "planted" else random_hf("gpt2")
+    return hf, mh.phenomena.function_vectors(load_model(hf, as_="bridge"), short_tasks)
+
+
+def head_dims(hf, head):
+    d_head = hf.config.n_embd // hf.config.n_head
+    return slice(head * d_head, (head + 1) * d_head)
+
+
+@pytest.mark.parametrize(("kind", "score"), [("clean", "AIE"), ("shuffled", "AIE_null")])
+def test_indirect_effect_of_every_head_equals_raw_pytorch_hooks(kind, score, hf_and_result, short_tasks):
+    hf, result = hf_and_result
+    for layer, head in np.ndindex(*result.AIE.shape):
+        dims = head_dims(hf, head)
+        projection = hf.transformer.h[layer].attn.c_proj
+        effects = []
+        for task in short_tasks[:N_CHOSEN_ON]:
+            mean = hf_mean_input(hf, layer, getattr(task.estimation, kind))
+
+            def patch(module, inputs, mean=mean, dims=dims):
+                patched = inputs[0].clone()
+                patched[:, -1, dims] = mean[dims]
+                return (patched,)
+
+            prompts, answers = task.selection.shuffled, task.selection.answers
+            before = hf_probability(hf, prompts, answers)
+            handle = projection.register_forward_pre_hook(patch)
+            effects.append(hf_probability(hf, prompts, answers) - before)
+            handle.remove()
+        expected = torch.cat(effects).mean().item()
+        assert float(result[score][layer, head]) == pytest.approx(expected, abs=1e-5)
+    assert abs(result[score]).max() > 1e-3
+
+
+@pytest.mark.parametrize("prompt", ["zero_shot", "shuffled"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_injection_equals_raw_pytorch_hooks(layer, prompt, hf_and_result, short_tasks):
+    """The vector from the weights of the output projections, added to the block's output by a forward hook."""
+    hf, result = hf_and_result
+    tasks, vectors = short_tasks, []
+    for task in tasks:
+        vector = torch.zeros(hf.config.n_embd)
+        for chosen, head in np.argwhere(result.selected.values).tolist():
+            dims = head_dims(hf, head)
+            W_O = hf.transformer.h[chosen].attn.c_proj.weight.detach()[dims]
+            vector += hf_mean_input(hf, chosen, task.estimation.clean)[dims] @ W_O
+        vectors.append(vector)
+    injected = {
+        "function_vector": vectors,
+        "other_task": [*vectors[1:], vectors[0]],
+        "grand_mean": [torch.stack(vectors).mean(0)] * len(tasks),
+    }
+
+    def difference(tokens, test):
+        with torch.no_grad():
+            last = hf(torch.as_tensor(tokens)).logits[:, -1]
+        row = torch.arange(len(last))
+        answers, others = torch.as_tensor(test.answers), torch.as_tensor(test.other_answers)
+        return last[row, answers] - last[row, others], (last.argmax(-1) == answers).double()
+
+    for name, by_task in injected.items():
+        gain, possible, correct = [], [], []
+        for task, vector in list(zip(tasks, by_task, strict=True))[N_CHOSEN_ON:]:
+
+            def add(module, inputs, output, vector=vector):
+                hidden = (output[0] if isinstance(output, tuple) else output).clone()
+                hidden[:, -1] += vector
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            tokens = getattr(task.test, prompt)
+            clean, _ = difference(task.test.clean, task.test)
+            corrupt, _ = difference(tokens, task.test)
+            handle = hf.transformer.h[layer].register_forward_hook(add)
+            patched, hit = difference(tokens, task.test)
+            handle.remove()
+            gain.append(patched - corrupt)
+            possible.append(clean - corrupt)
+            correct.append(hit)
+        measured = result.sel(prompt=prompt, vector=name, layer=layer)
+        # NaN where clean and corrupt prompts do not differ, as in the random model.
+        if not measured.recovery.isnull():
+            expected = (torch.cat(gain).sum() / torch.cat(possible).sum()).item()
+            assert float(measured.recovery) == pytest.approx(expected, abs=1e-4)
+        assert float(measured.accuracy) == pytest.approx(torch.cat(correct).mean().item())
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_results_do_not_depend_on_batch_size_or_class(kind, hf_and_result, short_tasks, monkeypatch):
+    hf, whole = hf_and_result
+    monkeypatch.setattr(Hooked, "batch_size", lambda self, length: 8)
+    other = mh.phenomena.function_vectors(load_model(hf, as_=kind), short_tasks)
+    assert set(other) == set(whole)
+    for name in whole:
+        np.testing.assert_allclose(whole[name], other[name], atol=1e-4, err_msg=name)
+
+
+# -- grammar and tasks ------------------------------------------------------------------------------------------------
+
+
+def with_grammar(monkeypatch, grammar):
+    """As if every model were a checkpoint of a run on this grammar."""
+    module = sys.modules["mechhier.phenomena.function_vectors"]
+    monkeypatch.setattr(module, "model_info", lambda model: replace(model_info(model), grammar=grammar))
+
+
+def test_tasks_come_from_the_grammar_of_the_model(monkeypatch, planted):
+    with_grammar(monkeypatch, GRAMMAR)
+    result = mh.phenomena.function_vectors(load_model(planted.model), n_prompts=6)
+    assert result.attrs["n_tasks"] == 6
+    assert str(result.attrs["has_function"]) == "True"
+    assert result.accuracy_bayes == result.accuracy_clean == 1.0
+    assert result.chance == pytest.approx(1 / N_WORDS)
+    assert float(result.AIE[planted.heads["function_vector"]]) == pytest.approx(planted.expected["AIE"], abs=0.03)
+
+
+def test_a_language_with_fresh_lexicons_has_no_function_to_carry(monkeypatch, planted):
+    with_grammar(monkeypatch, DocumentGrammar(n_words=N_WORDS, n_connectors=1, binding=1.0, p_chain=1.0))
+    result = mh.phenomena.function_vectors(load_model(planted.model), n_prompts=6)
+    assert str(result.attrs["has_function"]) == "False"
+    assert result.accuracy_bayes.isnull()
+    np.testing.assert_allclose(result.AIE, 0.0, atol=0.01)
+
+
+def pairs(prompts, first, second):
+    """Sets of (first, second) of every clause of every row, as places in the clause."""
+    clauses = prompts[:, :-1].reshape(len(prompts), -1, 4)
+    return [set(zip(row[:, first].tolist(), row[:, second].tolist(), strict=True)) for row in clauses]
+
+
+def every_split(tasks):
+    return [(task, getattr(task, split)) for task in tasks for split in SPLITS]
+
+
+def test_clean_prompts_are_text_of_the_language_whose_next_token_is_the_answer(tasks):
+    for _, prompts in every_split(tasks):
+        text = np.concatenate([prompts.clean, prompts.answers[:, None]], axis=1)
+        probabilities = GRAMMAR.next_token_probabilities(text)[:, -1]
+        assert (probabilities[np.arange(len(text)), prompts.answers] > 0.9).all()
+
+
+def test_shuffled_prompts_hold_the_same_tokens_and_no_right_pair(tasks):
+    for _, prompts in every_split(tasks):
+        np.testing.assert_array_equal(np.sort(prompts.clean), np.sort(prompts.shuffled))
+        np.testing.assert_array_equal(prompts.clean[:, ::4], prompts.shuffled[:, ::4])
+        for places in ((0, 1), (0, 2), (1, 2)):
+            for right, wrong in zip(pairs(prompts.clean, *places), pairs(prompts.shuffled, *places), strict=True):
+                assert len(right) == len(wrong) == 8
+                assert not right & wrong
+
+
+def test_the_query_and_its_answer_are_in_no_demonstration(tasks):
+    for _, prompts in every_split(tasks):
+        for rows in (prompts.clean, prompts.shuffled):
+            np.testing.assert_array_equal(rows[:, -1:], prompts.zero_shot)
+            assert not (rows[:, :-1] == prompts.zero_shot).any()
+            assert not (rows == prompts.answers[:, None]).any()
+
+
+def test_splits_have_disjoint_queries_which_cover_all_subjects(tasks):
+    for task in tasks:
+        queries = [set(getattr(task, split).zero_shot[:, 0].tolist()) for split in SPLITS]
+        assert sum(len(each) for each in queries) == len(set.union(*queries)) == N_WORDS
+
+
+def test_answers_are_the_lexicons_verbs_and_others_the_next_tasks(tasks):
+    verb_of = {}
+    for index, task in enumerate(tasks):
+        prompts = [getattr(task, split) for split in SPLITS]
+        pooled = concatenate(prompts)
+        verb_of[index] = dict(zip(pooled.zero_shot[:, 0].tolist(), pooled.answers.tolist(), strict=True))
+    in_pool = [dict(zip(lexicon[0].tolist(), lexicon[1].tolist(), strict=True)) for lexicon in GRAMMAR.lexicons]
+    assert all(mapping in in_pool for mapping in verb_of.values())
+    for index, task in enumerate(tasks):
+        other = verb_of[(index + 1) % len(tasks)]
+        for prompts in (task.selection, task.estimation, task.test):
+            assert [other[x] for x in prompts.zero_shot[:, 0].tolist()] == prompts.other_answers.tolist()
+
+
+def test_tasks_depend_on_the_seed_alone():
+    again = [grammar_tasks(GRAMMAR, n_tasks=3, n_prompts=4, seed=seed) for seed in (5, 5, 6)]
+    for name in (field.name for field in fields(again[0][0].test)):
+        first, same, different = (getattr(each[0].test, name) for each in again)
+        np.testing.assert_array_equal(first, same)
+        assert not np.array_equal(first, different)
+
+
+def test_every_control_is_in_the_result(measured):
+    assert tuple(measured.vector.values) == VECTORS
+    assert set(VECTORS) == {"function_vector", "other_task", "random_heads", "random_norm", "grand_mean"}
+    assert measured.accuracy.dims == measured.recovery.dims == ("prompt", "vector", "layer")
+    assert (measured.attrs["n_tasks"], measured.attrs["n_tasks_held_out"]) == (6, 2)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_grammar_needs_tasks():
+    with pytest.raises(ValueError, match="carries no grammar to make them from; pass tasks="):
+        mh.phenomena.function_vectors(random_hooked("gpt2", None))
+
+
+def test_one_task_is_refused(tasks):
+    with pytest.raises(ValueError, match=r"at least two tasks .* got 1"):
+        mh.phenomena.function_vectors(random_hooked("gpt2", None), tasks[:1])
+    with pytest.raises(ValueError, match="at least two tasks"):
+        grammar_tasks(GRAMMAR, n_tasks=1)
+
+
+def test_too_few_words_for_the_demonstrations_and_a_query_are_refused():
+    with pytest.raises(ValueError, match="13 words a category; this grammar has 12: pass a smaller n_demonstrations"):
+        grammar_tasks(GRAMMAR, n_demonstrations=N_WORDS)
+
+
+def test_too_few_demonstrations_to_shuffle_are_refused():
+    with pytest.raises(ValueError, match="n_demonstrations must be at least 3"):
+        grammar_tasks(GRAMMAR, n_demonstrations=2)
+
+
+def test_prompts_longer_than_the_context_are_refused(tasks):
+    short = planted_function_vector(GRAMMAR, n_ctx=32)
+    with pytest.raises(ValueError, match="33 tokens are longer than the model's context of 32"):
+        mh.phenomena.function_vectors(load_model(short.model), tasks)
+
+
+def test_a_model_without_hooks_is_refused(planted, tasks):
+    with pytest.raises(TypeError, match="expected a TransformerLens"):
+        mh.phenomena.function_vectors(planted.model, tasks)
