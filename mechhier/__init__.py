@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechhier import grammars, models, phenomena, probes, results
+    from mechhier import grammars, models, phenomena, probes, report, results
     from mechhier.experiments import Experiment
     from mechhier.grammars import Corpus
     from mechhier.models import ModelSpec, Run, TrainSpec, load_model, train
@@ -32,6 +32,7 @@ __all__ = [
     "phenomena",
     "plot",
     "probes",
+    "report",
     "results",
     "show_attention",
     "sweep",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 # Imported on first use: torch and TransformerLens take seconds.
-_MODULES = ("grammars", "models", "phenomena", "probes", "results")
+_MODULES = ("grammars", "models", "phenomena", "probes", "report", "results")
 _HOME = {
     "Corpus": "mechhier.grammars",
     "Experiment": "mechhier.experiments",

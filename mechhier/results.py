@@ -102,19 +102,19 @@ def scored(
 
 def best_of(
     sums: Float[np.ndarray, "sample layer head"], counts: Float[np.ndarray, "sample layer head"]
-) -> tuple[int, int, Float[np.ndarray, " half"], Float[np.ndarray, " half"]]:
-    """The head with the largest mean on every other sample, and its sums and counts on the rest.
+) -> tuple[int, int, slice]:
+    """The head with the largest mean on every other sample, and the samples that did not choose it.
 
     A maximum over heads is biased up on the samples that chose it; on the others it is not.
 
     Returns:
-        Layer, head, and the chosen head's sums and counts on the samples that did not choose it.
+        Layer, head, and the slice of the samples on which to score it.
     """
     sums, counts = np.broadcast_arrays(sums, counts)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = sums[::2].sum(0) / counts[::2].sum(0)
     layer, head = np.unravel_index(np.argmax(np.nan_to_num(means, nan=-np.inf)), means.shape)
-    return int(layer), int(head), sums[1::2, layer, head], counts[1::2, layer, head]
+    return int(layer), int(head), slice(1, None, 2)
 
 
 def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:

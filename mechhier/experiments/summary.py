@@ -58,8 +58,7 @@ def write_summary(experiment: Experiment, runs: Mapping[str, Run], tree: xr.Data
 def floor_of(run: Run) -> tuple[float, float]:
     """Bounds of the best possible loss in nats per predicted token: a row's first token is never predicted."""
     floor = run.corpus.floor()
-    lower, upper = (floor[name].isel(position=slice(1, None)).mean() for name in ("floor_lower", "floor_upper"))
-    return float(lower), float(upper)
+    return float(floor.floor_lower_mean), float(floor.floor_upper_mean)
 
 
 def _final(by_arm: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
@@ -112,13 +111,16 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
         plot(by_arm),
         *(plot(result, title=f"{arm}: heads at the end") for arm, result in final.items()),
     ]
-    gains = {arm: float(r.NEXT_text_best - r.NEXT_text_uniform) for arm, r in final.items() if "NEXT_text_best" in r}
+    gains = {arm: float(r.NEXT_text_best - r.NEXT_text_best_null) for arm, r in final.items() if "NEXT_text_best" in r}
     if gains:
         arm = max(gains, key=lambda name: gains[name])
         corpus = runs[arm].corpus.held_out("test", tokens=runs[arm].corpus.context)
-        figures.append(show_attention(runs[arm].load(), corpus[0], heads=final[arm].NEXT_text))
+        figures.append(
+            show_attention(runs[arm].load(), corpus[0], heads=final[arm].NEXT_text - final[arm].NEXT_text_null)
+        )
         looked_at = (
-            f" The last figure shows the heads of the arm {arm} with the most attention to copies of the next token."
+            f" The last figure shows the heads of the arm {arm} with the most attention to copies of the next token "
+            "beyond syntax."
         )
     else:
         looked_at = ""
@@ -129,12 +131,15 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
             "to the earlier copy, and to the previous token. The text scores are measured on held-out text of the arm's own "
             "language: attention to tokens that follow an earlier copy (IND_text), to earlier copies (DUP_text), and to "
             "copies of the token that really comes next (NEXT_text). A curve shows one head for each checkpoint, chosen on "
-            f"one half of the sequences and scored on the other.{looked_at}"
+            "one half of the sequences and scored on the other. The null of a text score is what the same head would "
+            "score by syntax alone: its own attention to every category of words, spread evenly within the category. "
+            f"Finding the end of a clause is not induction.{looked_at}"
         ),
         does_not_show=(
             "Random repeats are far out of distribution for these models, so a low IND does not mean that nothing is copied "
-            "on text. Attention alone is not an effect: no head was ablated here. The uniform line differs between arms, "
-            "because a commoner token has more copies; compare a curve with its own line."
+            "on text. Attention alone is not an effect: no head was ablated here. The nulls differ between arms, because "
+            "a commoner token has more copies; compare a curve with its own line. Attention to copies beyond syntax can "
+            "come from a preference for frequent words as well as from matching."
         ),
         figures=figures,
     )
@@ -209,9 +214,9 @@ def contrasts(
     """One row per arm and score: its value at the end with the 95 % interval, at step 0, and its null."""
     rows: list[dict[str, Any]] = []
 
-    def add(arm: str, score: str, end: Any, low: Any, high: Any, untrained: Any, null: Any, null_is: str) -> None:
+    def add(arm: str, score: str, interval: tuple[Any, Any, Any], untrained: Any, null: Any, null_is: str) -> None:
         names = ("arm", "score", "end", "low", "high", "untrained", "null", "null is")
-        values = [value if isinstance(value, str) else float(value) for value in (end, low, high, untrained, null)]
+        values = [float(value) for value in (*interval, untrained, null)]
         rows.append(dict(zip(names, (arm, score, *values, null_is), strict=True)))
 
     for arm, run in runs.items():
@@ -219,9 +224,7 @@ def contrasts(
         add(
             arm,
             "held-out loss (nats)",
-            held_out.iloc[-1],
-            np.nan,
-            np.nan,
+            (held_out.iloc[-1], np.nan, np.nan),
             held_out.iloc[0],
             floors[arm][0],
             f"floor, lower (upper {floors[arm][1]:.3f})",
@@ -229,33 +232,31 @@ def contrasts(
         if arm in measured.get("induction", {}):
             result = measured["induction"][arm]
             start, end = result.isel(step=0), result.isel(step=-1)
-            for score in ("IND", "PREV", "NEXT_text", "DUP_text"):
+            for score in ("IND", "PREV", "IND_text", "DUP_text", "NEXT_text"):
                 best = f"{score}_best"
                 if best in result:
-                    interval = (end[best], end[f"{best}_low"], end[f"{best}_high"])
-                    add(
-                        arm, f"{score}, best head", *interval, start[best], end[f"{score}_uniform"], "uniform attention"
-                    )
+                                        syntactic = f"{best}_null" in end
+                    null = end[f"{best}_null"] if syntactic else end[f"{score}_uniform"]
+                    null_is = "the same head's syntax alone" if syntactic else "uniform attention"
+                    add(arm, f"{score}, best head", _interval(end, best), start[best], null, null_is)
         if arm in measured.get("function_vectors", {}):
             result = measured["function_vectors"][arm]
             start, end = result.isel(step=0), result.isel(step=-1)
             for prompt in ("clean", "shuffled", "zero_shot"):
                 name = f"accuracy_{prompt}"
-                interval = (end[name], end[f"{name}_low"], end[f"{name}_high"])
-                add(arm, f"verb accuracy, {prompt}", *interval, start[name], end.chance, "chance")
-            injected = end.accuracy.sel(prompt="zero_shot")
-            layer = int(injected.sel(vector="function_vector").argmax("layer"))
-            chosen = end.sel(prompt="zero_shot", vector="function_vector", layer=layer)
-            add(
-                arm,
-                f"verb accuracy, zero shot + FV at layer {layer}",
-                chosen.accuracy,
-                chosen.accuracy_low,
-                chosen.accuracy_high,
-                start.accuracy.sel(prompt="zero_shot", vector="function_vector", layer=layer),
-                injected.sel(vector="random_heads", layer=layer),
-                "random heads, same layer",
-            )
+                add(arm, f"verb accuracy, {prompt}", _interval(end, name), start[name], end.chance, "chance")
+            for prompt in ("zero_shot", "shuffled"):
+                with_fv = end.sel(prompt=prompt, vector="function_vector")
+                layer = int(with_fv.accuracy.argmax("layer"))
+                controls = end.accuracy.sel(prompt=prompt, layer=layer).drop_sel(vector="function_vector")
+                add(
+                    arm,
+                    f"verb accuracy, {prompt} + FV at layer {layer}",
+                    _interval(with_fv.sel(layer=layer), "accuracy"),
+                    start.accuracy.sel(prompt=prompt, vector="function_vector", layer=layer),
+                    controls.max(),
+                    "best control vector, same layer",
+                )
             where = end.AIE.argmax(("layer", "head"))
             top = end.isel({dim: int(index) for dim, index in where.items()})
             add(
@@ -272,10 +273,13 @@ def contrasts(
             result = measured["hydra"][arm]
             start, end = (result.isel(step=step).sel(component="attention", layer=0) for step in (0, -1))
             for term in ("total_effect", "attention_growth", "mlp_change", "self_repair"):
-                interval = (end[term], end[f"{term}_low"], end[f"{term}_high"])
-                null = (start[term], end[f"{term}_null"], "random perturbation")
-                add(arm, f"{term}, attention 0 ablated", *interval, *null)
+                null = end[f"{term}_null"]
+                add(arm, f"{term}, attention 0 ablated", _interval(end, term), start[term], null, "random perturbation")
     return pd.DataFrame(rows)
+
+
+def _interval(result: xr.Dataset, name: str) -> tuple[Any, Any, Any]:
+    return result[name], result[f"{name}_low"], result[f"{name}_high"]
 
 
 def _numbers(

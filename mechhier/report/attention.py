@@ -73,6 +73,9 @@ class AttentionView:
     head_names: tuple[str, ...]
     cut: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"AttentionView({len(self.head_names)} heads, {len(self.tokens)} tokens)"
+
     @property
     def element_id(self) -> str:
         """The id of the view's element: the same view gets the same id, so that a page is reproducible."""

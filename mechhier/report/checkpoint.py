@@ -15,11 +15,11 @@ from mechhier.report.reading import Reading
 #: The terms of the ablation's identity, in the order of their bars.
 HYDRA_TERMS = {
     "total_effect": ("total effect", style.BLACK),
-    "own_change": ("own direct effect lost", style.GREY),
+    "own_change": ("own direct effect", style.GREY),
     "attention_growth": ("attention growth downstream", style.BLUE),
     "mlp_change": ("MLP change downstream", style.ORANGE),
     "norm_change": ("norm term", style.PURPLE),
-    "self_repair": ("self-repair", style.GREEN),
+    "self_repair": ("self-repair (total minus own)", style.GREEN),
 }
 
 #: What is added to the residual stream, in the order of its lines.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,8 @@ def draw(panels: Sequence[Panel], *, title: str, columns: int, null_label: str =
     for index, panel in enumerate(panels):
         cell = {"row": index // columns + 1, "col": index % columns + 1}
         bottom = index + columns >= len(panels)
+        if index % columns and isinstance(panel, CurvePanel) and panels[index - 1].y_title == panel.y_title:
+            panel = replace(panel, y_title="")  # said by its neighbour on the left
         if isinstance(panel, HeatPanel):
             _heat(figure, panel, cell, bottom, columns)
         elif isinstance(panel, BarPanel):

@@ -22,7 +22,7 @@ TITLES = {
     "published": "Scores as published",
 }
 NULLS = {
-    "induction": "null: uniform attention",
+    "induction": "null: uniform attention; on text: syntax alone",
     "hydra": "null: random perturbation of the same norm",
     "function_vectors": "null",
     "published": "null",

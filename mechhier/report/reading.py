@@ -15,7 +15,7 @@ from mechhier.report import style
 
 PHENOMENA = ("induction", "hydra", "function_vectors", "published")
 COMPANIONS = ("_low", "_high", "_uniform", "_null")
-BASELINES = ("_uniform", "_null")
+BASELINES = ("_null", "_uniform")
 
 
 class Reading:

@@ -234,8 +234,9 @@ def test_injection_equals_raw_pytorch_hooks(layer, prompt, hf_and_result, short_
             possible.append(clean - corrupt)
             correct.append(hit)
         measured = result.sel(prompt=prompt, vector=name, layer=layer)
-        # NaN where clean and corrupt prompts do not differ, as in the random model.
-        if not measured.recovery.isnull():
+        is_planted = hf.config.vocab_size == GRAMMAR.vocab_size
+        # NaN where clean and corrupt prompts do not differ, as they may in the random model.
+        if is_planted or not measured.recovery.isnull():
             expected = (torch.cat(gain).sum() / torch.cat(possible).sum()).item()
             assert float(measured.recovery) == pytest.approx(expected, abs=1e-4)
         assert float(measured.accuracy) == pytest.approx(torch.cat(correct).mean().item())

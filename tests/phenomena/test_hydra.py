@@ -7,7 +7,7 @@ from random_models import ARCHITECTURES, CLASSES, random_hf, random_hooked, rand
 
 import mechhier as mh
 from mechhier.models import load_model
-from mechhier.models.planted import planted_inert
+from mechhier.models.planted import planted_backup, planted_inert
 from mechhier.probes import Hooked
 
 TERMS = ("own_change", "attention_growth", "mlp_change", "norm_change")
@@ -172,3 +172,27 @@ def test_a_model_whose_hooks_are_not_deterministic_is_refused():
 def test_ablations_that_cannot_be_done_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         measure(random_hooked("llama", None), **options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7])
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
+def test_planted_backup_repairs_its_share(ablation, kind, share):
+    planted = planted_backup(share=share)
+    tokens = torch.randint(1, 320, (6, 12), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = 0  # the sink
+    result = mh.phenomena.hydra(load_model(planted.model, as_=kind), tokens, ablation=ablation, n_patches=3)
+    assert int(result.n_positions) == tokens.numel()
+    ablated = result.sel(component="attention", layer=planted.heads["name_mover"][0])
+    assert ablated.own_change < -10
+    repaired = float(-ablated.attention_growth / ablated.own_change)
+    assert repaired == pytest.approx(planted.expected[f"repair_share_{ablation}"], abs=1e-4)
+    assert float(ablated.mlp_change) == 0.0
+    # All repair but the norm's is the backup's, and the backup itself has nobody behind it and nothing to lose.
+    backup = planted.heads["backup"][0]
+    response = ablated.response.sel(responding_component="attention", responding_layer=backup)
+    assert float(response) == pytest.approx(float(ablated.attention_growth), abs=1e-5)
+    for term in ("direct_effect", "total_effect", "self_repair"):
+        assert float(result[term].sel(component="attention", layer=backup)) == pytest.approx(0.0, abs=1e-4)
+    # A perturbation of the same size leaves the flag that silences the backup.
+    assert abs(float(ablated.attention_growth_null)) < 0.02 * abs(float(ablated.own_change))

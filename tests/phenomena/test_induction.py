@@ -141,3 +141,28 @@ def test_a_model_without_grammar_says_that_text_is_missing():
     assert "NEXT_text" not in result
     assert "no grammar" in result.attrs["text"]
     assert {"definition", "source", "model", "dtype", "seed", "torch_version"} <= set(result.attrs)
+
+
+def test_a_head_that_only_knows_syntax_scores_its_category_null(tmp_path):
+    """Attention uniform within every category scores exactly the null, whatever its mass on the categories."""
+    from mechhier.phenomena.induction import _on_text
+
+    grammar = mh.grammars.DocumentGrammar(n_words=4, n_connectors=2, context=48)
+    hooked = Hooked(random_hooked("llama", "bridge"))
+    tokens = torch.as_tensor(grammar.corpus(48 * 6).rows(0, 6))
+    categories = torch.as_tensor(np.array(grammar.token_categories))
+    mass = torch.rand(6, 48, 5, generator=torch.Generator().manual_seed(0))
+
+    def syntactic(pattern):
+        of_key = torch.nn.functional.one_hot(categories[tokens], 5).float()
+        seen = of_key.cumsum(1).clamp(min=1)
+        within = torch.einsum("bqc,bkc->bqk", mass / seen, of_key).tril()
+        return (within / within.sum(-1, keepdim=True))[:, None].expand_as(pattern)
+
+    model = hooked.model
+    model.hook_dict["blocks.1.attn.hook_pattern"].add_hook(lambda pattern, hook: syntactic(pattern))
+    scores = _on_text(hooked, tokens, grammar.token_categories)
+    for sums in scores.values():
+        np.testing.assert_allclose(sums.attention[:, 1], sums.category_null[:, 1], atol=1e-4)
+        assert abs(sums.attention[:, 0] - sums.category_null[:, 0]).max() > 1e-3
+        assert abs(sums.attention[:, 1] - sums.uniform[:, None]).max() > 1e-2
