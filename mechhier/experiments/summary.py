@@ -235,7 +235,7 @@ def contrasts(
             for score in ("IND", "PREV", "IND_text", "DUP_text", "NEXT_text"):
                 best = f"{score}_best"
                 if best in result:
-                                        syntactic = f"{best}_null" in end
+                    syntactic = f"{best}_null" in end
                     null = end[f"{best}_null"] if syntactic else end[f"{score}_uniform"]
                     null_is = "the same head's syntax alone" if syntactic else "uniform attention"
                     add(arm, f"{score}, best head", _interval(end, best), start[best], null, null_is)
@@ -262,9 +262,7 @@ def contrasts(
             add(
                 arm,
                 "AIE, largest head",
-                top.AIE,
-                top.AIE_low,
-                top.AIE_high,
+                _interval(top, "AIE"),
                 start.AIE.max(),
                 top.AIE_null,
                 "shuffled means",

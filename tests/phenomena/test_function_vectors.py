@@ -58,7 +58,7 @@ def perturbed(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.005 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
