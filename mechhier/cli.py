@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,8 @@ def run(
     except ExperimentError as error:
         _console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
+    # Threads that wait must not spin: on a machine that does something else too, spinning makes two slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
         import torch
 
