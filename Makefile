@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/mechhier run demo --out results/demo
 
 test: lint
-	$(BIN)/python -m pytest tests --nbmake --nbmake-timeout=900 notebooks
+	$(BIN)/python -m pytest tests --doctest-modules mechhier --nbmake --nbmake-timeout=900 notebooks
 
 lint: setup
 	$(BIN)/ruff check .
