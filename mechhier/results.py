@@ -147,15 +147,17 @@ def load(path: str | Path) -> xr.Dataset:
 
 
 def netcdf_safe(attributes: dict[str, Any]) -> dict[str, str | int | float]:
-    """Attributes that netCDF can hold: booleans and None as text, the rest unchanged.
+    """Attributes that netCDF can hold: booleans as 0 and 1, None as text, the rest unchanged.
 
     Raises:
         TypeError: A value that is neither text, number, boolean nor None.
     """
     safe: dict[str, str | int | float] = {}
     for key, value in attributes.items():
-        if value is None or isinstance(value, bool):
+        if value is None:
             safe[key] = str(value)
+        elif isinstance(value, bool):
+            safe[key] = int(value)
         elif isinstance(value, str | int | float):
             safe[key] = value
         else:

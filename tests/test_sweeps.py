@@ -17,7 +17,15 @@ from mechhier import results, sweeps
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     grammar = mh.grammars.DocumentGrammar(
-        n_words=9, n_connectors=2, lexicon=4, binding=1.0, p_chain=1.0, n_sections=1, n_paragraphs=1, context=40
+        n_words=9,
+        n_connectors=2,
+        lexicon=4,
+        binding=1.0,
+        p_chain=1.0,
+        n_sections=1,
+        n_paragraphs=1,
+        n_sentences=12,
+        context=40,
     )
     spec = mh.TrainSpec(steps=4, warmup_steps=1, n_checkpoints=3, batch_size=4, eval_rows=4)
     out = tmp_path_factory.mktemp("run")

@@ -147,7 +147,7 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
 
 def _function_vectors(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
     final = _final(by_arm)
-    without = [arm for arm, result in final.items() if result.attrs.get("has_function") == "False"]
+    without = [arm for arm, result in final.items() if not result.attrs["has_function"]]
     missing = (
         f" The arms {', '.join(without)} have no function to carry; they are asked as controls." if without else ""
     )

@@ -78,10 +78,14 @@ def function_vectors(
         has = has_function(grammar)
         n_verbs = min(grammar.sizes) if isinstance(grammar, DocumentGrammar) else grammar.vocab_size - 1
     else:
-        has, n_verbs = True, hooked.d_vocab
+        has = True
+        n_verbs = len({int(y) for task in tasks for split in _splits(task) for y in split.answers})
     if len(tasks) < 2:
         raise ValueError(f"function vectors need at least two tasks (one is the other's control), got {len(tasks)}")
-    for prompts in (prompts for task in tasks for prompts in (task.selection, task.estimation, task.test)):
+    lengths = {prompts.clean.shape[1] for task in tasks for prompts in _splits(task)}
+    if len(lengths) > 1:
+        raise ValueError(f"prompts of all tasks must have one length, got lengths {sorted(lengths)}")
+    for prompts in (prompts for task in tasks for prompts in _splits(task)):
         hooked.check_tokens(prompts.clean)
 
     n_chosen_on = max(1, (2 * len(tasks)) // 3)
@@ -95,18 +99,16 @@ def function_vectors(
         cie, cie_null = (
             _indirect_effects(hooked, selection, means[kind][task_of_row], advance) for kind in ("clean", "shuffled")
         )
-    one = np.ones((1, 1, 1))
     dims = ("layer", "head")
     variables = scored(
         "AIE",
         dims,
-        cie,
-        one,
+        *_by_question(cie, selection),
         long_name="average indirect effect on the answer's probability",
         units="probability",
         seed=seed,
     )
-    null, _, _ = mean_interval(cie_null, one, seed=seed)
+    null, _, _ = mean_interval(*_by_question(cie_null, selection), seed=seed)
     variables["AIE_null"] = (
         dims,
         null,
@@ -148,8 +150,28 @@ def function_vectors(
             n_tasks_held_out=len(held_out),
             n_top_heads=n_top,
             has_function=has,
+            interval="95 % percentile bootstrap over questions (task and query), 999 resamples",
         ),
     )
+
+
+def _splits(task: Task) -> tuple[Prompts, Prompts, Prompts]:
+    return task.selection, task.estimation, task.test
+
+
+def _by_question(
+    values: Float[np.ndarray, "prompt ..."], prompts: Prompts
+) -> tuple[Float[np.ndarray, "question ..."], Float[np.ndarray, " question"]]:
+    """Sums of values over the prompts that ask the same question of the same task, and their number.
+
+    Such prompts differ in their demonstrations only and are not independent: the bootstrap draws questions.
+    """
+    questions = np.stack([prompts.clean[:, -1], prompts.answers], axis=1)
+    _, index = np.unique(questions, axis=0, return_inverse=True)
+    sums = np.zeros((index.max() + 1, *values.shape[1:]))
+    np.add.at(sums, index.reshape(-1), values)
+    counts = np.bincount(index.reshape(-1))
+    return sums, counts.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def _batches(hooked: Hooked, n_rows: int, length: int) -> Iterator[slice]:
@@ -284,12 +306,17 @@ def _injections(
                         if rows.stop == n_prompts:
                             advance()
 
-    dims, one = ("prompt", "vector", "layer"), np.ones((1, 1, 1, 1))
+    dims = ("prompt", "vector", "layer")
     units = "accuracy"
     variables = scored(
-        "accuracy", dims, judged[0], one, long_name="accuracy of f_t(x) after injection", units=units, seed=seed
+        "accuracy",
+        dims,
+        *_by_question(judged[0], prompts),
+        long_name="accuracy of f_t(x) after injection",
+        units=units,
+        seed=seed,
     )
-    other, _, _ = mean_interval(judged[1], one, seed=seed)
+    other, _, _ = mean_interval(*_by_question(judged[1], prompts), seed=seed)
     variables["accuracy_other"] = (
         dims,
         other,
@@ -297,15 +324,26 @@ def _injections(
     )
     for kind, values in base.items():
         variables |= scored(
-            f"accuracy_{kind}", (), values[0], np.ones(1), long_name=f"accuracy, {kind} prompts", units=units, seed=seed
+            f"accuracy_{kind}",
+            (),
+            *_by_question(values[0], prompts),
+            long_name=f"accuracy, {kind} prompts",
+            units=units,
+            seed=seed,
         )
     corrupt = np.stack([base[kind][2] for kind in PROMPTS], axis=1)
     gain = judged[2] - corrupt[:, :, None, None]
     possible = (base["clean"][2][:, None] - corrupt)[:, :, None, None]
     recovery = scored(
-        "recovery", dims, gain, possible, long_name="recovered logit difference after injection", units="1", seed=seed
+        "recovery",
+        dims,
+        _by_question(gain, prompts)[0],
+        _by_question(possible, prompts)[0],
+        long_name="recovered logit difference after injection",
+        units="1",
+        seed=seed,
     )
-    _, low, _ = mean_interval(possible, np.ones((1, 1, 1, 1)), seed=seed)
+    _, low, _ = mean_interval(*_by_question(possible, prompts), seed=seed)
     for name, (_, values, attributes) in recovery.items():
         # A ratio to a difference that may be zero is not a number worth reading.
         variables[name] = (dims, np.where(low > 0, values, np.nan), attributes)

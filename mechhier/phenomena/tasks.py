@@ -23,7 +23,8 @@ class Prompts:
         shuffled: The same tokens with the demonstrations' answers permuted, then x.
         zero_shot: x without demonstrations.
         answers: f_t(x).
-        other_answers: f_t'(x), the answer under another task t'.
+        other_answers: f_t'(x), the answer under another task t': the next one in the list of tasks (for the last, the
+            first), whose function vector is the control.
     """
 
     clean: Int[np.ndarray, "prompt pos"]
@@ -78,11 +79,14 @@ def grammar_tasks(
     query occurs in no demonstration, so its verb cannot be copied, only inferred from which lexicon it is. Shuffled
     prompts permute verbs and objects, each by a derangement of its own, so that neither names the lexicon.
 
-    The lexicons are the pool's. A language without a pool has no function to carry: there the lexicons are fresh ones
-    (for an n-gram language, of three arbitrary sets of tokens), and every score should be chance.
+    Task t' of `other_answers` is the next task, and the first for the last; subjects on which the two agree are not
+    asked. The lexicons are the pool's, `n_tasks` of them at most. A language without a pool has no function to carry:
+    there the lexicons are fresh ones (for an n-gram language, of three arbitrary sets of tokens), and every score should
+    be chance.
 
     Raises:
-        ValueError: Too few words for disjoint splits of queries and the demonstrations, or fewer than two tasks.
+        ValueError: Too few words for disjoint splits of queries and the demonstrations, fewer than two tasks, or
+            documents that end before the query.
     """
     rng = np.random.default_rng(seed)
     lexicons = _lexicons(grammar, n_tasks, rng)
@@ -98,6 +102,15 @@ def grammar_tasks(
             f"{n_demonstrations} demonstrations and a query that is not among them need {n_demonstrations + 1} words "
             f"a category; this grammar has {n_words}: pass a smaller n_demonstrations"
         )
+    if isinstance(grammar, DocumentGrammar):
+        if grammar.p_chain == 0:
+            raise ValueError("the prompts are sentences s v o <eos>, which this grammar never makes: its p_chain is 0")
+        if grammar.sentences_per_document <= n_demonstrations:
+            raise ValueError(
+                f"{n_demonstrations} demonstrations and a query are {n_demonstrations + 1} sentences, but this grammar's "
+                f"documents, and with them the lexicon, end after {grammar.sentences_per_document}: pass a smaller "
+                "n_demonstrations, or make longer documents"
+            )
     queries = np.array_split(rng.permutation(n_words), 3)
     tasks = []
     for index, lexicon in enumerate(lexicons):
@@ -135,7 +148,8 @@ def _prompts(
 ) -> Prompts:
     n_words = lexicon.shape[1]
     verb_of = dict(zip(other[0].tolist(), other[1].tolist(), strict=True))
-    queried = rng.permutation(np.resize(ranks, n_prompts))
+    differ = [rank for rank in ranks if lexicon[1, rank] != verb_of[int(lexicon[0, rank])]]
+    queried = rng.permutation(np.resize(differ or ranks, n_prompts))
     clean, shuffled = [], []
     for query in queried:
         shown = rng.choice(np.delete(np.arange(n_words), query), n_demonstrations, replace=False)

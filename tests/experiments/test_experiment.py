@@ -26,6 +26,7 @@ ARM = {
         "p_chain": 1.0,
         "n_sections": 1,
         "n_paragraphs": 1,
+        "n_sentences": 12,
         "context": 40,
     },
     "train": {"steps": 6, "warmup_steps": 1, "n_checkpoints": 3, "batch_size": 4, "eval_rows": 4},

@@ -274,7 +274,7 @@ def test_tasks_come_from_the_grammar_of_the_model(monkeypatch, planted):
     with_grammar(monkeypatch, GRAMMAR)
     result = mh.phenomena.function_vectors(load_model(planted.model), n_prompts=6)
     assert result.attrs["n_tasks"] == 6
-    assert str(result.attrs["has_function"]) == "True"
+    assert result.attrs["has_function"] == 1
     assert result.accuracy_bayes == result.accuracy_clean == 1.0
     assert result.chance == pytest.approx(1 / N_WORDS)
     assert float(result.AIE[planted.heads["function_vector"]]) == pytest.approx(planted.expected["AIE"], abs=0.03)
@@ -283,7 +283,7 @@ def test_tasks_come_from_the_grammar_of_the_model(monkeypatch, planted):
 def test_a_language_with_fresh_lexicons_has_no_function_to_carry(monkeypatch, planted):
     with_grammar(monkeypatch, DocumentGrammar(n_words=N_WORDS, n_connectors=1, binding=1.0, p_chain=1.0))
     result = mh.phenomena.function_vectors(load_model(planted.model), n_prompts=6)
-    assert str(result.attrs["has_function"]) == "False"
+    assert result.attrs["has_function"] == 0
     assert result.accuracy_bayes.isnull()
     np.testing.assert_allclose(result.AIE, 0.0, atol=0.01)
 
@@ -323,24 +323,33 @@ def test_the_query_and_its_answer_are_in_no_demonstration(tasks):
             assert not (rows == prompts.answers[:, None]).any()
 
 
-def test_splits_have_disjoint_queries_which_cover_all_subjects(tasks):
-    for task in tasks:
+def pool_maps():
+    """Subject -> verb in every lexicon of the pool."""
+    return [dict(zip(lexicon[0].tolist(), lexicon[1].tolist(), strict=True)) for lexicon in GRAMMAR.lexicons]
+
+
+def tasks_map(task):
+    """The lexicon of the pool that agrees with all of a task's answers: there is one."""
+    pooled = concatenate([getattr(task, split) for split in SPLITS])
+    pairs = set(zip(pooled.zero_shot[:, 0].tolist(), pooled.answers.tolist(), strict=True))
+    (found,) = [mapping for mapping in pool_maps() if pairs <= set(mapping.items())]
+    return found
+
+
+def test_splits_have_disjoint_queries_which_cover_all_subjects_on_which_the_tasks_differ(tasks):
+    maps = [tasks_map(task) for task in tasks]
+    for task, own, other in zip(tasks, maps, [*maps[1:], maps[0]], strict=True):
         queries = [set(getattr(task, split).zero_shot[:, 0].tolist()) for split in SPLITS]
-        assert sum(len(each) for each in queries) == len(set.union(*queries)) == N_WORDS
+        assert sum(len(each) for each in queries) == len(set.union(*queries))
+        assert set.union(*queries) == {subject for subject in own if own[subject] != other[subject]}
 
 
 def test_answers_are_the_lexicons_verbs_and_others_the_next_tasks(tasks):
-    verb_of = {}
-    for index, task in enumerate(tasks):
-        prompts = [getattr(task, split) for split in SPLITS]
-        pooled = concatenate(prompts)
-        verb_of[index] = dict(zip(pooled.zero_shot[:, 0].tolist(), pooled.answers.tolist(), strict=True))
-    in_pool = [dict(zip(lexicon[0].tolist(), lexicon[1].tolist(), strict=True)) for lexicon in GRAMMAR.lexicons]
-    assert all(mapping in in_pool for mapping in verb_of.values())
-    for index, task in enumerate(tasks):
-        other = verb_of[(index + 1) % len(tasks)]
+    maps = [tasks_map(task) for task in tasks]
+    for task, other in zip(tasks, [*maps[1:], maps[0]], strict=True):
         for prompts in (task.selection, task.estimation, task.test):
             assert [other[x] for x in prompts.zero_shot[:, 0].tolist()] == prompts.other_answers.tolist()
+            assert (prompts.answers != prompts.other_answers).all()
 
 
 def test_tasks_depend_on_the_seed_alone():
@@ -392,3 +401,25 @@ def test_prompts_longer_than_the_context_are_refused(tasks):
 def test_a_model_without_hooks_is_refused(planted, tasks):
     with pytest.raises(TypeError, match="expected a TransformerLens"):
         mh.phenomena.function_vectors(planted.model, tasks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p_chain": 0.0}, "its p_chain is 0"),
+        ({"n_sections": 1, "n_paragraphs": 1, "n_sentences": 8}, "end after 8: pass a smaller n_demonstrations"),
+    ],
+)
+def test_a_language_in_which_the_prompts_cannot_occur_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        grammar_tasks(GRAMMAR.model_copy(update=change))
+
+
+def test_prompts_of_one_question_are_one_sample():
+    from mechhier.phenomena.function_vectors import _by_question
+
+    prompts = grammar_tasks(GRAMMAR, n_tasks=2, n_prompts=12)[0].test
+    sums, counts = _by_question(np.ones((12, 3)), prompts)
+    assert len(sums) == len(set(prompts.answers.tolist())) < 12
+    np.testing.assert_array_equal(sums, np.broadcast_to(counts, sums.shape))
+    assert counts.sum() == 12
