@@ -133,7 +133,9 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
             "copies of the token that really comes next (NEXT_text). A curve shows one head for each checkpoint, chosen on "
             "one half of the sequences and scored on the other. The null of a text score is what the same head would "
             "score by syntax alone: its own attention to every category of words, spread evenly within the category. "
-            f"Finding the end of a clause is not induction.{looked_at}"
+            "Finding the end of a clause is not induction; and a head that spreads its attention evenly over the earlier "
+            "words of a category reads how often each occurs in the document, which needs no matching: its curve rises "
+            f"above uniform attention, and its null with it.{looked_at}"
         ),
         does_not_show=(
             "Random repeats are far out of distribution for these models, so a low IND does not mean that nothing is copied "
@@ -234,11 +236,10 @@ def contrasts(
             start, end = result.isel(step=0), result.isel(step=-1)
             for score in ("IND", "PREV", "IND_text", "DUP_text", "NEXT_text"):
                 best = f"{score}_best"
-                if best in result:
-                    syntactic = f"{best}_null" in end
-                    null = end[f"{best}_null"] if syntactic else end[f"{score}_uniform"]
-                    null_is = "the same head's syntax alone" if syntactic else "uniform attention"
-                    add(arm, f"{score}, best head", _interval(end, best), start[best], null, null_is)
+                nulls = {f"{score}_uniform": "uniform attention", f"{best}_null": "the same head's syntax alone"}
+                for null, null_is in nulls.items():
+                    if null in end:
+                        add(arm, f"{score}, best head", _interval(end, best), start[best], end[null], null_is)
         if arm in measured.get("function_vectors", {}):
             result = measured["function_vectors"][arm]
             start, end = result.isel(step=0), result.isel(step=-1)

@@ -51,8 +51,8 @@ def head_panel(
     null = reading.null(name, "layer", "head")
     layers, heads = reading.labels("layer").tolist(), reading.labels("head").tolist()
     notes = reading.units(name)
-    if f"{name}_uniform" in reading and null is not None:
-        notes += f"; uniform {style.number(float(null.flat[0]))}"
+    if f"{name}_uniform" in reading:
+        notes += f"; uniform {style.number(float(reading.values(f'{name}_uniform', 'layer').flat[0]))}"
     return HeatPanel(
         title=f"{reading.title(name)}\n({notes})",
         z=z,

@@ -66,7 +66,20 @@ def _names(arms: Arms, *dims: str) -> list[str]:
 
 def induction(arms: Arms, scale: style.StepScale) -> list[Panel]:
     """Return a panel for every best head's score (chosen on one half of the sequences, scored on the other)."""
-    return [_scalar_panel(arms, name, scale) for name in _names(arms) if name.endswith("_best")]
+    return [_best_head(arms, name, scale) for name in _names(arms) if name.endswith("_best")]
+
+
+def _best_head(arms: Arms, name: str, scale: style.StepScale) -> CurvePanel:
+    """Return a best head's panel; where its null is another than uniform attention, that is a dotted line beside it."""
+    panel = _scalar_panel(arms, name, scale)
+    uniform = f"{name.removesuffix('_best')}_uniform"
+    readings = [(index, Reading(dataset)) for index, dataset in enumerate(arms.values())]
+    dotted = [
+        Curve("uniform attention", r.steps, r.values(uniform, "step"), style.color(index), dash="dot", symbol=None)
+        for index, r in readings
+        if f"{name}_null" in r and uniform in r
+    ]
+    return replace(panel, curves=[*panel.curves, *dotted])
 
 
 def hydra(arms: Arms, scale: style.StepScale) -> list[Panel]:
