@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_console = Console(stderr=True)
+_console = Console(stderr=True, soft_wrap=True)
 
 
 @app.callback()
