@@ -123,7 +123,7 @@ def test_an_interrupted_save_keeps_its_blocks_and_goes_on(tmp_path, saved, monke
     kept = (folder / "block-00000.bin").stat().st_ino
     torn = folder / "block-00001.bin"
     torn.write_bytes(torn.read_bytes()[:100])
-    (folder / "block-00002.bin.tmp").write_bytes(b"half a block")
+    (folder / ".block-00002.bin.tmp").write_bytes(b"half a block")
     CORPUS.save(folder)
     assert (folder / "block-00000.bin").stat().st_ino == kept
     assert contents(folder) == contents(saved)
