@@ -251,6 +251,12 @@ def _clean_run(hooked: Hooked, tokens: Int[Tensor, "sequence pos"], min_probabil
     directions = target_directions(hooked, target)
     scale = _scale(activations.get(("final_scale", 0)), target)
     keys = [(name, layer) for layer in range(hooked.n_layers) for name, _ in COMPONENTS]
+    if getattr(hooked.cfg, "attn_only", False):
+        # The MLP layers that such a model does not have write nothing.
+        silent = {
+            ("mlp", layer): torch.zeros_like(activations[("attention", layer)]) for layer in range(hooked.n_layers)
+        }
+        activations |= silent
     writes = {key: activations[key] for key in keys}
     direct = {key: _dot(write, directions) / scale for key, write in writes.items()}
     embedding = _dot(activations[("resid_pre", 0)], directions) / scale

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from random_models import ARCHITECTURES, CLASSES, random_hf, random_hooked, random_tokens
+from random_models import ARCHITECTURES, CLASSES, HAS_HOOKED_TRANSFORMER, random_hf, random_hooked, random_tokens
 
 import mechhier as mh
 from mechhier.models import load_model
@@ -196,3 +196,39 @@ def test_planted_backup_repairs_its_share(ablation, kind, share):
         assert float(result[term].sel(component="attention", layer=backup)) == pytest.approx(0.0, abs=1e-4)
     # A perturbation of the same size leaves the flag that silences the backup.
     assert abs(float(ablated.attention_growth_null)) < 0.02 * abs(float(ablated.own_change))
+
+
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has TransformerBridge only")
+@pytest.mark.parametrize("architecture", ["llama", "olmo", "gpt2", "gpt_neox"])
+def test_folding_the_weights_changes_no_effect(architecture):
+    """What `HookedTransformer.from_pretrained` does by default."""
+    plain, folded = random_hooked(architecture, "hooked"), random_hooked(architecture, "hooked")
+    folded.process_weights_(fold_ln=True, center_writing_weights=architecture != "llama", center_unembed=True)
+    assert folded.cfg.normalization_type.endswith("Pre")
+    expected, result = (measure(model, ablation="zero") for model in (plain, folded))
+    assert result.identity_error < 1e-4
+    for term in ("total_effect", *TERMS):
+        np.testing.assert_allclose(result[term], expected[term], atol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has TransformerBridge only")
+@pytest.mark.parametrize(("normalization", "attn_only"), [(None, False), ("LN", True), (None, True)])
+def test_toy_models_without_norms_or_mlps_are_measured(normalization, attn_only):
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "n_ctx": 48, "d_vocab": 50, "d_mlp": 64}
+    config = HookedTransformerConfig(
+        **sizes, act_fn="relu", normalization_type=normalization, attn_only=attn_only, seed=0, init_weights=True
+    )
+    model = HookedTransformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    result = measure(model)
+    assert result.identity_error < 1e-3
+    assert abs(result.total_effect.sel(component="attention")).min() > 1e-4
+    if normalization is None:
+        np.testing.assert_array_equal(result.norm_change, 0.0)
+    if attn_only:
+        for term in ("direct_effect", "total_effect", "mlp_change"):
+            np.testing.assert_allclose(result[term].sel(component="mlp"), 0.0, atol=1e-5)
