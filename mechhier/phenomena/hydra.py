@@ -90,7 +90,7 @@ def hydra(
 ) -> xr.Dataset:
     """What ablating each attention and MLP layer does to the top token's logit, term by term, and who makes up for it.
 
-    A component's own write is ablated, never the residual stream. The terms add up exactly (phenomena.md's identity;
+    A component's own write is ablated, never the residual stream. The terms add up exactly (see `DEFINITION`;
     the largest deviation is in `identity_error`), so that repair by later attention (the Hydra effect), by later MLPs
     and by the final norm are told apart. The null moves the component's write as far, in a random direction.
 
