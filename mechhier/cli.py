@@ -1,13 +1,17 @@
-"""The command line: `mechhier run SPEC`."""
+"""The command line: `mechhier run SPEC`, `mechhier corpus SPEC`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from mechhier.specs import Spec, SpecError, read_spec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _console = Console(stderr=True, soft_wrap=True)
@@ -27,13 +31,9 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
 ) -> None:
     """Carry out an experiment: corpora, training, measurements, report. The same command goes on where it stopped."""
-    from mechhier.experiments import Experiment, ExperimentError
+    from mechhier.experiments import Experiment
 
-    try:
-        experiment = Experiment.read(spec)
-    except ExperimentError as error:
-        _console.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+    experiment = _read(Experiment, spec, package="mechhier.experiments")
     # Threads that wait must not spin: on a machine that does something else too, spinning makes two slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
@@ -42,15 +42,51 @@ def run(
         torch.set_num_threads(threads)
     out = out or Path("results") / Path(spec).stem
     _console.print(f"{experiment.title}: {len(experiment.arms)} arms, results in {out}", markup=False, highlight=False)
-    try:
+    with _reported_errors():
         report = experiment.run(out)
+    _console.print(f"Report: {report}", markup=False, highlight=False)
+
+
+@app.command()
+def corpus(
+    spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged corpus such as 'cfg3'.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to store the corpus in; default: it is only shown.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that generate blocks.")] = 1,
+) -> None:
+    """Show a corpus (sentences, a tree, frequencies, floors), and store it. The same command goes on where it stopped."""
+    from mechhier.grammars.corpus import CorpusSpec
+    from mechhier.grammars.preview import preview
+
+    described = _read(CorpusSpec, spec, package="mechhier.grammars.corpora")
+    with _reported_errors():
+        streamed = described.corpus()
+        page = Console()
+        for part in preview(streamed):
+            page.print(part)
+        if out is not None:
+            streamed.save(out, workers=workers)
+            _console.print(f"Corpus: {out}", markup=False, highlight=False)
+
+
+def _read(model: type[Spec], source: str, *, package: str) -> Spec:
+    try:
+        return read_spec(model, source, package=package)
+    except SpecError as error:
+        _console.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Say what was wrong in one line, without a traceback."""
+    try:
+        yield
     except KeyboardInterrupt:
         _console.print("Stopped. The same command goes on from here.", style="yellow")
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         _console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
-    _console.print(f"Report: {report}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mechhier import results
 from mechhier.grammars import AnyGrammar
 from mechhier.models import ModelSpec, TrainSpec
+from mechhier.specs import read_spec
 
 if TYPE_CHECKING:
     from mechhier.models import Run
 
 _NOT_OPTIONS = {"model", "tokens", "tasks", "seed"}
 """Arguments of a phenomenon that an experiment supplies itself or that YAML cannot hold."""
-
-
-class ExperimentError(ValueError):
-    """A spec that cannot be read; the message says which field and what is accepted."""
 
 
 class Arm(BaseModel):
@@ -99,35 +94,9 @@ class Experiment(BaseModel):
         """Read a spec from a YAML file, or one that comes with the package by its name ("demo").
 
         Raises:
-            ExperimentError: No such file, not YAML, or a field that is wrong or unknown.
+            SpecError: No such file, not YAML, or a field that is wrong or unknown.
         """
-        path = Path(source)
-        if not path.is_file():
-            packaged = {
-                Path(entry.name).stem: entry
-                for entry in resources.files("mechhier.experiments").iterdir()
-                if entry.name.endswith(".yaml")
-            }
-            if str(source) not in packaged:
-                raise ExperimentError(
-                    f"no file {source}, and no packaged experiment of that name ({', '.join(packaged)})"
-                )
-            text = packaged[str(source)].read_text(encoding="utf-8")
-        else:
-            text = path.read_text(encoding="utf-8")
-        try:
-            described = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ExperimentError(f"{source} is not YAML: {error}") from error
-        if not isinstance(described, dict):
-            raise ExperimentError(f"{source} must hold the fields {', '.join(cls.model_fields)}")
-        try:
-            return cls.model_validate(described)
-        except ValidationError as error:
-            listed = "\n".join(
-                f"  {'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
-            )
-            raise ExperimentError(f"{source} is not a valid experiment:\n{listed}") from error
+        return read_spec(cls, source, package="mechhier.experiments")
 
     def run(self, out: str | Path) -> Path:
         """Generate the corpora, train, measure every checkpoint, and write the report; go on where it stopped.

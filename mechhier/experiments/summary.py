@@ -35,7 +35,7 @@ def write_summary(experiment: Experiment, runs: Mapping[str, Run], tree: xr.Data
         The report.
     """
     measured = by_phenomenon(tree)
-    floors = {name: floor_of(run) for name, run in runs.items()}
+    floors = {name: run.corpus.floor() for name, run in runs.items()}
     sections = [_languages(experiment, runs, floors), _loss(runs, floors)]
     writers = {
         "induction": _induction,
@@ -55,17 +55,19 @@ def write_summary(experiment: Experiment, runs: Mapping[str, Run], tree: xr.Data
     return report.path
 
 
-def floor_of(run: Run) -> tuple[float, float]:
-    """Bounds of the best possible loss in nats per predicted token: a row's first token is never predicted."""
-    floor = run.corpus.floor()
-    return float(floor.floor_lower_mean), float(floor.floor_upper_mean)
+def band_of(floor: xr.Dataset) -> tuple[float, float]:
+    """Interval of the best possible loss in nats per predicted token; both ends are the same where it is exact."""
+    estimate, error = float(floor.floor_mean), float(floor.floor_mean_error)
+    if np.isnan(error):
+        return float(floor.floor_lower_mean), float(floor.floor_upper_mean)
+    return estimate - 1.96 * error, estimate + 1.96 * error
 
 
 def _final(by_arm: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     return {arm: result.isel(step=-1) for arm, result in by_arm.items()}
 
 
-def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]) -> Section:
+def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]) -> Section:
     table = pd.DataFrame(
         [
             {
@@ -74,8 +76,8 @@ def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[
                 "vocabulary": arm.grammar.vocab_size,
                 "context": runs[name].corpus.context,
                 "training tokens": runs[name].corpus.n_tokens,
-                "floor, lower (nats)": floors[name][0],
-                "floor, upper (nats)": floors[name][1],
+                "floor (nats)": float(floors[name].floor_mean),
+                "without inference in context (nats)": float(floors[name].floor_upper_mean),
             }
             for name, arm in experiment.arms.items()
         ]
@@ -89,19 +91,23 @@ def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[
     )
 
 
-def _loss(runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]) -> Section:
+def _loss(runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]) -> Section:
     return Section(
         heading="Loss against the floor",
         shows=(
             "Training and held-out loss, in nats per predicted token, against the loss of the best possible predictor of "
-            "the language. Where that predictor is known exactly the floor is a line; for a fresh lexicon per document it "
-            "lies in the band between a predictor that is told the lexicon and one that infers nothing from the context. "
-            "Loss below the band's upper edge is evidence of inference in context."
+            "the language: a line where that predictor is known exactly, else a band. The table above also has the loss of "
+            "a predictor that infers nothing from the context; it is higher where every document has a lexicon of its own, "
+            "and there a loss below it is evidence of inference in context."
         ),
         does_not_show=(
             "A loss at the floor says that the predictions are right, not how they are made: that is what the probes are for."
         ),
-        figures=[plot_loss({name: run.log for name, run in runs.items()}, floors)],
+        figures=[
+            plot_loss(
+                {name: run.log for name, run in runs.items()}, {name: band_of(floor) for name, floor in floors.items()}
+            )
+        ],
     )
 
 
@@ -211,7 +217,7 @@ def _published(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
 
 
 def contrasts(
-    measured: Mapping[str, Mapping[str, xr.Dataset]], runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]
+    measured: Mapping[str, Mapping[str, xr.Dataset]], runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]
 ) -> pd.DataFrame:
     """One row per arm and score: its value at the end with the 95 % interval, at step 0, and its null."""
     rows: list[dict[str, Any]] = []
@@ -228,8 +234,8 @@ def contrasts(
             "held-out loss (nats)",
             (held_out.iloc[-1], np.nan, np.nan),
             held_out.iloc[0],
-            floors[arm][0],
-            f"floor, lower (upper {floors[arm][1]:.3f})",
+            floors[arm].floor_mean,
+            f"floor (without inference in context {float(floors[arm].floor_upper_mean):.3f})",
         )
         if arm in measured.get("induction", {}):
             result = measured["induction"][arm]
@@ -282,7 +288,7 @@ def _interval(result: xr.Dataset, name: str) -> tuple[Any, Any, Any]:
 
 
 def _numbers(
-    measured: Mapping[str, Mapping[str, xr.Dataset]], runs: Mapping[str, Run], floors: Mapping[str, tuple[float, float]]
+    measured: Mapping[str, Mapping[str, xr.Dataset]], runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]
 ) -> Section:
     return Section(
         heading="The numbers",

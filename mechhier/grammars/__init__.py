@@ -1,9 +1,31 @@
 """Formal languages with known structure, and corpora of their text."""
 
-from mechhier.grammars.base import Grammar, Sample
-from mechhier.grammars.corpus import AnyGrammar, Corpus
+from mechhier.grammars.base import Grammar, IdealLoss, Sample
+from mechhier.grammars.corpus import AnyGrammar, Corpus, CorpusSpec
 from mechhier.grammars.document import DocumentGrammar
+from mechhier.grammars.families import cfg3, dyck, random_hierarchy
+from mechhier.grammars.fitted_ngram import FittedNGram
 from mechhier.grammars.ngram import NGram
+from mechhier.grammars.pcfg import PCFG
+from mechhier.grammars.rules import Rule
 from mechhier.grammars.storage import CorpusError
+from mechhier.grammars.trees import Tree
 
-__all__ = ["AnyGrammar", "Corpus", "CorpusError", "DocumentGrammar", "Grammar", "NGram", "Sample"]
+__all__ = [
+    "PCFG",
+    "AnyGrammar",
+    "Corpus",
+    "CorpusError",
+    "CorpusSpec",
+    "DocumentGrammar",
+    "FittedNGram",
+    "Grammar",
+    "IdealLoss",
+    "NGram",
+    "Rule",
+    "Sample",
+    "Tree",
+    "cfg3",
+    "dyck",
+    "random_hierarchy",
+]

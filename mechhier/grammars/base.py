@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
+
+from mechhier.grammars.trees import Tree, trees_of_row
 
 if TYPE_CHECKING:
     from mechhier.grammars.corpus import Corpus
@@ -22,6 +24,8 @@ AGrammar = TypeVar("AGrammar", bound="Grammar")
 Split = Literal["train", "validation", "test"]
 MIN_CONTEXT = 4
 """Smallest row length: one clause of the document language."""
+UNBOUNDED_CONTEXT = 512
+"""Row length where documents have no longest and none is given: that of arXiv 2603.06592."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,53 @@ class Sample:
 
     Attributes:
         tokens: Token ids, ``Int64[rows, positions]``.
-        labels: One integer array of the same shape per label; -1 where the label does not apply.
+        labels: One integer array of the same shape per label; -1 where the label does not apply. Where trees were
+            asked for also ``ancestors`` (ids of :attr:`Grammar.symbols`) and ``nodes`` (numbers of constituents,
+            unique in the row), both ``[rows, positions, depth]``, the root first, padded with -1.
     """
 
     tokens: Int[np.ndarray, "row position"]
-    labels: dict[str, Int[np.ndarray, "row position"]]
+    labels: dict[str, Int[np.ndarray, "row position ..."]]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sample]) -> Sample:
+        """Return the rows of several samples one after the other; trees are padded to the deepest."""
+        labels = {}
+        for name in parts[0].labels:
+            deepest = max(part.labels[name].shape[2:] for part in parts)
+            labels[name] = np.concatenate([_padded(part.labels[name], deepest) for part in parts])
+        return cls(np.concatenate([part.tokens for part in parts]), labels)
+
+
+MakeLabels = Callable[[bool], dict[str, np.ndarray]]
+"""With trees or without -> the labels of a text that has been drawn."""
+
+
+@dataclass(frozen=True)
+class IdealLoss:
+    """The loss in nats, on every token of a sample, of the ideal predictor, which knows the grammar.
+
+    The loss at position t is -log P(token at t | the tokens before t). Bounds hold in expectation; a single token's
+    loss may lie outside.
+
+    Attributes:
+        estimate: The ideal predictor's own loss.
+        error: Standard error of the estimate; 0 where it is exact, NaN where only the bounds are known.
+        lower: A lower bound.
+        upper: An upper bound.
+        method: How ``estimate`` was computed.
+    """
+
+    estimate: Float[np.ndarray, "row position"]
+    error: Float[np.ndarray, "row position"]
+    lower: Float[np.ndarray, "row position"]
+    upper: Float[np.ndarray, "row position"]
+    method: str
+
+    @classmethod
+    def exact(cls, loss: Float[np.ndarray, "row position"], method: str) -> IdealLoss:
+        """Return a loss that is known exactly and so is its own bounds."""
+        return cls(estimate=loss, error=np.zeros_like(loss), lower=loss, upper=loss, method=method)
 
 
 class Grammar(BaseModel, ABC):
@@ -51,6 +97,14 @@ class Grammar(BaseModel, ABC):
     context: int | None = Field(
         default=None, ge=MIN_CONTEXT, description="Tokens per row of a corpus; None: the longest document."
     )
+
+    def __eq__(self, other: object) -> bool:
+        # Fields alone: pydantic would compare what is cached too, and arrays have no single truth value.
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in type(self).model_fields)
+
+    __hash__ = BaseModel.__hash__
 
     def model_copy(self: AGrammar, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> AGrammar:
         """Return a validated copy with some fields changed; nothing cached for the old fields goes with it."""
@@ -89,18 +143,28 @@ class Grammar(BaseModel, ABC):
         return self.vocab_size - 1
 
     @property
+    def eos_per_document(self) -> int:
+        """How many ``<eos>`` a document has; it ends with the last of them."""
+        return 1
+
+    @property
     @abstractmethod
-    def max_document_length(self) -> int:
-        """Tokens of the longest possible document, EOS included."""
+    def max_document_length(self) -> int | None:
+        """Tokens of the longest possible document, EOS included; None if there is no longest."""
 
     @property
     def default_context(self) -> int:
-        """Tokens per row of a corpus unless told otherwise: ``context`` if set, else the longest document."""
-        return self.context if self.context is not None else max(MIN_CONTEXT, self.max_document_length)
+        """Tokens per row of a corpus unless told otherwise.
+
+        ``context`` if set, else the length of the longest document, or 512 (the paper's) if there is no longest.
+        """
+        return self.context or max(MIN_CONTEXT, self.max_document_length or UNBOUNDED_CONTEXT)
 
     # -- text --------------------------------------------------------------------------------------------------------
 
-    def generate(self, n_rows: int, context: int, rng: np.random.Generator, *, packed: bool = False) -> Sample:
+    def generate(
+        self, n_rows: int, context: int, rng: np.random.Generator, *, packed: bool = False, trees: bool = False
+    ) -> Sample:
         """Draw rows of text with a label for every token.
 
         Args:
@@ -109,28 +173,72 @@ class Grammar(BaseModel, ABC):
             rng: Source of all randomness; the language itself is not drawn from it.
             packed: False: every row begins a document; where one ends inside the row the next begins, and the row's
                 last document is cut. True: all rows are one stream of documents, cut into rows.
+            trees: Whether to return the labels ``ancestors`` and ``nodes`` too, of which :meth:`trees` makes trees.
 
         Returns:
             Tokens and labels, each ``[n_rows, context]``. The label ``document`` counts from 0 in every row.
 
         Raises:
-            ValueError: ``n_rows`` is below 1 or ``context`` below 4.
+            ValueError: ``n_rows`` is below 1 or ``context`` below 4, or trees are asked of a language without any.
         """
+        tokens, make_labels = self.draw_rows(n_rows, context, rng, packed=packed)
+        return Sample(tokens.astype(np.int64), make_labels(trees))
+
+    def draw_rows(
+        self, n_rows: int, context: int, rng: np.random.Generator, *, packed: bool = False
+    ) -> tuple[Int[np.ndarray, "row position"], MakeLabels]:
+        """Draw the tokens that :meth:`generate` draws, and say how to label them: tokens alone are several times faster."""
         if n_rows < 1:
             raise ValueError(f"n_rows is {n_rows}; at least one row is needed")
         if context < MIN_CONTEXT:
             raise ValueError(f"context is {context}; a row needs at least {MIN_CONTEXT} tokens")
-        sample = self._generate(1, n_rows * context, rng) if packed else self._generate(n_rows, context, rng)
-        labels = {name: label.reshape(n_rows, context) for name, label in sample.labels.items()}
-        labels["document"] = labels["document"] - labels["document"][:, :1]
-        return Sample(sample.tokens.reshape(n_rows, context), labels)
+        rows, width = (1, n_rows * context) if packed else (n_rows, context)
+        tokens, make_labels = self._generate(rows, width, rng)
+
+        def make_labels_of_rows(trees: bool) -> dict[str, np.ndarray]:
+            if trees and not self.symbols:
+                raise ValueError(f"a {type(self).__name__} has no trees: its text is not built of constituents")
+            labels = {n: label.reshape(n_rows, context, *label.shape[2:]) for n, label in make_labels(trees).items()}
+            labels["document"] = labels["document"] - labels["document"][:, :1]
+            return labels
+
+        return tokens.reshape(n_rows, context), make_labels_of_rows
 
     @abstractmethod
-    def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> Sample:
-        """Draw rows that each begin a document."""
+    def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> tuple[np.ndarray, MakeLabels]:
+        """Draw rows that each begin a document, and say how to label them."""
+
+    # -- trees -------------------------------------------------------------------------------------------------------
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the constituents in the label ``ancestors``; empty if the language has no trees."""
+        return ()
+
+    def trees(self, sample: Sample, row: int) -> list[Tree]:
+        """Return the trees of a row's documents, in order; the tree of a document that the row cuts lacks its end.
+
+        Args:
+            sample: What :meth:`generate` or :meth:`Corpus.sample` returned with ``trees=True``.
+            row: Which row.
+
+        Raises:
+            ValueError: The sample was drawn without trees.
+        """
+        if "nodes" not in sample.labels:
+            raise ValueError("the sample has no trees; generate it with trees=True")
+        tokens = [self.vocabulary[token] for token in sample.tokens[row]]
+        return trees_of_row(tokens, sample.labels["ancestors"][row], sample.labels["nodes"][row], self.symbols)
 
     def corpus(
-        self, tokens: int, *, seed: int = 0, context: int | None = None, packed: bool = False, split: Split = "train"
+        self,
+        tokens: int,
+        *,
+        seed: int = 0,
+        context: int | None = None,
+        packed: bool = False,
+        split: Split = "train",
+        disjoint: bool = False,
     ) -> Corpus:
         """Describe a corpus of this language; its blocks are generated when they are read.
 
@@ -140,6 +248,8 @@ class Grammar(BaseModel, ABC):
             context: Tokens per row; :attr:`default_context` if None.
             packed: Whether rows are cut from one stream of documents (see :meth:`generate`).
             split: Which of the three independent streams of the seed.
+            disjoint: Whether documents are dealt to the splits by a hash of their tokens, so that none is in two of
+                them (see :class:`Corpus`).
 
         Raises:
             ValueError: ``tokens`` is below ``context``, or another value is out of range.
@@ -152,7 +262,9 @@ class Grammar(BaseModel, ABC):
         if tokens < context:
             raise ValueError(f"tokens is {tokens}, less than one row; a corpus has at least context = {context} tokens")
         n_rows = -(-tokens // context)
-        return Corpus(grammar=self, seed=seed, context=context, packed=packed, split=split, n_rows=n_rows)
+        return Corpus(
+            grammar=self, seed=seed, context=context, packed=packed, split=split, disjoint=disjoint, n_rows=n_rows
+        )
 
     # -- prediction --------------------------------------------------------------------------------------------------
 
@@ -164,13 +276,17 @@ class Grammar(BaseModel, ABC):
         """
 
     @abstractmethod
-    def floor_bounds(
-        self, sample: Sample
-    ) -> tuple[Float[np.ndarray, "row position"], Float[np.ndarray, "row position"]]:
-        """Return a lower and an upper bound of the ideal predictor's loss on every token, in nats.
+    def ideal_loss(self, sample: Sample) -> IdealLoss:
+        """Return the ideal predictor's loss on every token, exact or estimated between bounds.
 
-        The loss at position t is -log P(token at t | the tokens before t). Every row must begin a document.
+        Every row must begin a document (the layout of ``packed=False``).
         """
+
+
+def _padded(label: np.ndarray, depth: tuple[int, ...]) -> np.ndarray:
+    """Pad the depths of a label with -1; a label without depths stays as it is."""
+    widths = [(0, 0), (0, 0), *((0, n - m) for n, m in zip(depth, label.shape[2:], strict=True))]
+    return np.pad(label, widths, constant_values=-1) if depth else label
 
 
 def stable_generator(*parts: str | int) -> np.random.Generator:

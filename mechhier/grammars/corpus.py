@@ -7,6 +7,7 @@ streamed or stored with the same tokens, and a longer corpus begins with the row
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,37 +17,65 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mechhier.grammars import storage
-from mechhier.grammars.base import MIN_CONTEXT, Grammar, Sample, Split, stable_generator
+from mechhier.grammars import dealing, storage
+from mechhier.grammars.base import MIN_CONTEXT, Grammar, MakeLabels, Sample, Split, stable_generator
 from mechhier.grammars.document import DocumentGrammar
+from mechhier.grammars.families import expand_family
+from mechhier.grammars.fitted_ngram import FittedNGram
 from mechhier.grammars.ngram import NGram
+from mechhier.grammars.pcfg import PCFG
 
 if TYPE_CHECKING:
     import os
 
+    import datasets
     import xarray as xr
 
-AnyGrammar = Annotated[DocumentGrammar | NGram, Field(discriminator="kind")]
-"""What a YAML or a manifest reads as a grammar: ``{kind: document, ...}`` or ``{kind: ngram, ...}``."""
+AnyGrammar = Annotated[
+    Annotated[DocumentGrammar | NGram | FittedNGram | PCFG, Field(discriminator="kind")], BeforeValidator(expand_family)
+]
+"""What a YAML or a manifest reads as a grammar: ``{kind: document, ...}``, or a family as ``{kind: cfg3, ...}``."""
 
 HELD_OUT_ROWS = 256
 """Rows of a held-out corpus, and of a floor, unless told otherwise."""
 
+_CHANCE_OF_SHARED_LEXICON = 1e-6
 _TOKENS_PER_BLOCK = 2**18
 _BLOCKS_IN_MEMORY = 4
+
+
+class CorpusSpec(BaseModel):
+    """What a corpus is, as YAML or a manifest writes it; the fields are the arguments of :meth:`Grammar.corpus`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    grammar: AnyGrammar
+    tokens: int
+    seed: int = 0
+    context: int | None = None
+    packed: bool = False
+    split: Split = "train"
+    disjoint: bool = False
+
+    def corpus(self) -> Corpus:
+        """Return the corpus, streamed."""
+        options = {name: getattr(self, name) for name in type(self).model_fields if name != "grammar"}
+        return self.grammar.corpus(**options)
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Rows of text of one language: a map-style dataset of ``n_rows`` rows of ``context`` tokens.
 
-    Made by :meth:`Grammar.corpus`. The three splits of a seed are independent streams: text is held out by whole rows,
-    and per-document lexicons of different splits are different draws (disjoint but for an astronomically small
-    chance). Single sentences are not rejected from one split because they occur in another: that would delete the
-    commonest sentences and falsify the closed-form floor. Fixed lexicons and pools are the language's own and are
-    shared by the splits.
+    Made by :meth:`Grammar.corpus`. The three splits of a seed are independent streams. With per-document lexicons no
+    lexicon is in two splits (but for a chance that :meth:`require_disjoint` bounds). Fixed lexicons and pools are the
+    language's own and are shared by the splits. Of other languages a document that is probable enough occurs in
+    several splits, as it does in nature; with ``disjoint=True`` none does: a hash of its tokens deals every document
+    to one split (80 % of the documents to training, 10 % to each other), and documents of another split are drawn
+    again. That takes frequent documents away from some splits, so of a language with few documents it changes the
+    frequencies; the floor stays that of a predictor which knows the grammar but not the dealing.
 
     Rows are kept in memory a few blocks of about 2^18 tokens at a time; read them in order, or :meth:`save` first.
 
@@ -56,6 +85,7 @@ class Corpus:
         context: Tokens per row.
         packed: Whether the rows of a block are cut from one stream of documents; else every row begins a document.
         split: ``"train"``, ``"validation"`` or ``"test"``.
+        disjoint: Whether no document is in two splits.
         n_rows: Number of rows.
         path: Folder of the stored blocks; None if the corpus is generated as it is read.
 
@@ -71,6 +101,7 @@ class Corpus:
     context: int
     packed: bool
     split: Split
+    disjoint: bool
     n_rows: int
     path: Path | None = None
     _blocks: OrderedDict[int, np.ndarray] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
@@ -84,6 +115,11 @@ class Corpus:
             raise ValueError(f"split is {self.split!r}; it must be one of {', '.join(get_args(Split))}")
         if self.n_rows < 1:
             raise ValueError(f"n_rows is {self.n_rows}; a corpus has at least one row")
+        if self.disjoint and self.fresh_lexicons:
+            raise ValueError(
+                "disjoint=True deals documents to the splits; with lexicon='per_document' lexicons already differ "
+                "between the splits: leave it at False"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_blocks": OrderedDict()}  # a process makes or maps its own blocks
@@ -118,6 +154,7 @@ class Corpus:
             "context": self.context,
             "packed": self.packed,
             "split": self.split,
+            "disjoint": self.disjoint,
         }
 
     @classmethod
@@ -127,9 +164,7 @@ class Corpus:
         Raises:
             ValueError: A value is not accepted (pydantic's ValidationError if it is one of the grammar's).
         """
-        values = dict(description)
-        grammar: Grammar = TypeAdapter(AnyGrammar).validate_python(values.pop("grammar"))
-        return grammar.corpus(values.pop("tokens"), **values)
+        return CorpusSpec.model_validate(description).corpus()
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -152,35 +187,36 @@ class Corpus:
         parts = [self._block(i)[rows] for i, rows in self._slices(start, stop)]
         return np.concatenate([np.empty((0, self.context), dtype=np.int64), *parts])
 
-    def sample(self, start: int, stop: int) -> Sample:
+    def sample(self, start: int, stop: int, *, trees: bool = False) -> Sample:
         """Return rows with their labels; labels are never stored, the blocks are generated again.
 
         The label ``lexicon`` of per-document lexicons is unique in the corpus.
 
+        Args:
+            start: First row.
+            stop: One after the last.
+            trees: Whether to return the labels ``ancestors`` and ``nodes`` too, see :meth:`Grammar.trees`.
+
         Raises:
-            ValueError: Not 0 <= start < stop <= n_rows.
+            ValueError: Not 0 <= start < stop <= n_rows, or trees are asked of a language without any.
             CorpusError: The stored tokens are not those that the grammar generates.
         """
         if start >= stop:
             raise ValueError(f"rows {start} to {stop} are none; ask for at least one row")
         parts: list[Sample] = []
         for i, rows in self._slices(start, stop):
-            block = self._generate_block(i)
-            tokens = block.tokens[rows]
+            all_tokens, make_labels = self._draw_block(i)
+            tokens = all_tokens[rows].astype(np.int64)
             if self.path is not None and not np.array_equal(tokens, self._block(i)[rows]):
                 raise storage.CorpusError(
                     f"{self.path / storage.block_name(i)} holds other tokens than the grammar generates with this "
                     "version of numpy or mechhier; labels cannot be generated. Save the corpus anew in another folder"
                 )
-            labels = {name: label[rows] for name, label in block.labels.items()}
-            if isinstance(self.grammar, DocumentGrammar) and self.grammar.lexicon == "per_document":
+            labels = {name: label[rows] for name, label in make_labels(trees).items()}
+            if self.fresh_lexicons:
                 labels["lexicon"] = labels["lexicon"] + i * self.rows_per_block * self.context
             parts.append(Sample(tokens, labels))
-        names = parts[0].labels
-        return Sample(
-            np.concatenate([part.tokens for part in parts]),
-            {name: np.concatenate([part.labels[name] for part in parts]) for name in names},
-        )
+        return Sample.joined(parts)
 
     def _slices(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
         """Yield (block, rows within it) for the rows ``start`` to ``stop``."""
@@ -205,18 +241,27 @@ class Corpus:
         return np.memmap(path / storage.block_name(i), dtype=self.dtype, mode="r", shape=shape)
 
     def _make_block(self, i: int) -> np.ndarray:
-        return self._generate_block(i).tokens[: self._rows_of_block(i)].astype(self.dtype)
+        return self._draw_block(i)[0][: self._rows_of_block(i)].astype(self.dtype)
 
     def _rows_of_block(self, i: int) -> int:
         return min(self.rows_per_block, self.n_rows - i * self.rows_per_block)
 
-    def _generate_block(self, i: int) -> Sample:
-        """Generate a block with all its rows, also where the corpus ends inside it."""
+    @property
+    def fresh_lexicons(self) -> bool:
+        """Whether every document has a lexicon of its own."""
+        return isinstance(self.grammar, DocumentGrammar) and self.grammar.lexicon == "per_document"
+
+    def _draw_block(self, i: int) -> tuple[np.ndarray, MakeLabels]:
+        """Draw a block with all its rows, also where the corpus ends inside it."""
         # Without the defaults: a field that a later version adds leaves the text of today's grammars as it is.
         fields = self.grammar.model_dump(mode="json", exclude_defaults=True)
         language = json.dumps([type(self.grammar).__name__, fields], sort_keys=True)
         rng = stable_generator(language, self.seed, self.split, i)
-        return self.grammar.generate(self.rows_per_block, self.context, rng, packed=self.packed)
+        if self.disjoint:
+            return dealing.dealt_rows(
+                self.grammar, self.rows_per_block, self.context, rng, packed=self.packed, split=self.split
+            )
+        return self.grammar.draw_rows(self.rows_per_block, self.context, rng, packed=self.packed)
 
     # -- held-out text and its floor ---------------------------------------------------------------------------------
 
@@ -233,10 +278,59 @@ class Corpus:
         if split == self.split:
             raise ValueError(f"this corpus is the {split!r} split; ask for another of {', '.join(get_args(Split))}")
         tokens = HELD_OUT_ROWS * self.context if tokens is None else tokens
-        return self.grammar.corpus(tokens, seed=self.seed, context=self.context, packed=self.packed, split=split)
+        return self.grammar.corpus(
+            tokens, seed=self.seed, context=self.context, packed=self.packed, split=split, disjoint=self.disjoint
+        )
+
+    def require_disjoint(self, other: Corpus) -> None:
+        """Assert that another split shares no document with this one, or with per-document lexicons no lexicon.
+
+        Documents are compared by 64-bit hashes of those that rows hold whole; both corpora are read, this one's hashes
+        are held in memory (8 bytes a document). Lexicons are drawn independently, so their chance to coincide is
+        bounded instead: number of pairs over number of lexicons.
+
+        Args:
+            other: A corpus of the same language, usually :meth:`held_out`.
+
+        Raises:
+            CorpusError: Documents are shared (with their number and share), or lexicons are with a chance above 1e-6.
+            ValueError: The corpora are of different languages, or packed, so that rows do not begin documents.
+        """
+        if other.grammar != self.grammar:
+            raise ValueError("the corpora are of different languages")
+        if self.fresh_lexicons:
+            self._require_many_lexicons(other)
+            return
+        if self.packed or other.packed:
+            raise ValueError("documents cannot be told apart in packed rows; compare corpora with packed=False")
+        ours = np.unique(np.concatenate(list(self._document_hashes())))
+        theirs = np.concatenate(list(other._document_hashes()))
+        shared = np.isin(theirs, ours, kind="sort").sum()
+        if shared:
+            raise storage.CorpusError(
+                f"{shared} of {len(theirs)} documents of the {other.split} split ({shared / len(theirs):.2%}) also occur "
+                f"in the {self.split} split; corpus(..., disjoint=True) deals every document to one split"
+            )
+
+    def _require_many_lexicons(self, other: Corpus) -> None:
+        assert isinstance(self.grammar, DocumentGrammar)
+        log_lexicons = sum(math.lgamma(size + 1) for size in self.grammar.sizes)
+        per_document = 4 * self.grammar.sentences_per_document  # at least
+        documents = [corpus.n_tokens // per_document + corpus.n_rows for corpus in (self, other)]
+        log_chance = sum(map(math.log, documents)) - log_lexicons
+        if log_chance > math.log(_CHANCE_OF_SHARED_LEXICON):
+            raise storage.CorpusError(
+                f"there are only exp({log_lexicons:.1f}) lexicons of {self.grammar.sizes} words, so that {documents[0]} "
+                f"documents of the {self.split} split and {documents[1]} of the {other.split} split may share one; use "
+                "more words"
+            )
+
+    def _document_hashes(self) -> Iterator[np.ndarray]:
+        for i in range(self.n_blocks):
+            yield dealing.rows_hashes(self._block(i).astype(np.int64), self.grammar)
 
     def floor(self, n_rows: int = HELD_OUT_ROWS) -> xr.Dataset:
-        """Return bounds of the ideal predictor's loss by position, in nats, on held-out rows.
+        """Return the ideal predictor's loss by position, in nats, on held-out rows.
 
         The rows are the first of the validation split if this is the training split, else this corpus's own first.
         Position t is the prediction of token t from the tokens before it. The means run over positions 1 and later,
@@ -246,9 +340,10 @@ class Corpus:
             n_rows: Number of rows; fewer if a corpus that is not the training split has fewer.
 
         Returns:
-            ``floor_lower`` and ``floor_upper`` over ``position``, and the scalars ``floor_lower_mean`` and
-            ``floor_upper_mean`` with 95 % intervals over rows (``_low``, ``_high``). Where an exact predictor exists
-            (all languages but documents with per-document lexicons) lower equals upper.
+            ``floor`` over ``position``, the standard error ``floor_error`` of its estimation (0 where the predictor is
+            exact, NaN where only bounds are known), bounds ``floor_lower`` and ``floor_upper``, and the scalars
+            ``floor_mean``, ``floor_lower_mean`` and ``floor_upper_mean`` with 95 % intervals over rows (``_low``,
+            ``_high``). The attribute ``method`` says how.
 
         Raises:
             ValueError: The corpus is packed, so that its rows do not begin documents, or ``n_rows`` is below 2.
@@ -276,8 +371,7 @@ class Corpus:
 
         Args:
             path: Folder; made if absent.
-            workers: Number of processes. More than one are spawned, so a script needs the usual
-                ``if __name__ == "__main__":``.
+            workers: Number of threads; two nearly double the speed.
 
         Raises:
             CorpusError: The folder holds another corpus, or files that no record explains, or a damaged block.
@@ -288,6 +382,20 @@ class Corpus:
         sizes = [self._rows_of_block(i) * self.context * self.dtype.itemsize for i in range(self.n_blocks)]
         storage.save_blocks(folder, self.description, self._make_block, sizes, dtype=self.dtype.name, workers=workers)
         return replace(self, path=folder)
+
+    def to_dataset(self) -> datasets.Dataset:
+        """Return the corpus as a Hugging Face dataset with the column ``input_ids``, one row an example.
+
+        The rows are written block by block to the library's cache on disk, so memory stays flat; ``push_to_hub`` and
+        ``save_to_disk`` work as always. The dataset's description is the corpus's, as JSON.
+        """
+        import datasets
+
+        columns = datasets.Features({"input_ids": datasets.List(datasets.Value(self.dtype.name), length=self.context)})
+        dataset = datasets.Dataset.from_generator(_examples, features=columns, gen_kwargs={"corpus": self})
+        assert isinstance(dataset, datasets.Dataset)
+        dataset.info.description = json.dumps(self.description)
+        return dataset
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Corpus:
@@ -323,3 +431,9 @@ class Corpus:
         except (TypeError, KeyError, ValueError) as error:
             raise storage.CorpusError(f"{folder / storage.MANIFEST} does not describe a corpus: {error}") from error
         return replace(corpus, path=folder)
+
+
+def _examples(corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
+    for i in range(corpus.n_blocks):
+        for row in corpus._block(i):
+            yield {"input_ids": row}

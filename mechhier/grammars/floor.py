@@ -8,18 +8,20 @@ import xarray as xr
 from mechhier.grammars.base import Grammar, Sample
 
 _ROWS_AT_A_TIME = 16  # an exact predictor holds a posterior per token
+_Z = 1.96  # normal quantile of a 95 % interval
 
 
 def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
-    """Return bounds of the ideal predictor's loss by position and their means, in nats.
+    """Return the ideal predictor's loss by position, its bounds, and their means, in nats.
 
     Args:
         grammar: The language.
         sample: At least two rows of its text that begin documents.
 
     Returns:
-        ``floor_lower`` and ``floor_upper`` over ``position``; scalars ``floor_lower_mean`` and ``floor_upper_mean``
-        over positions 1 and later, with 95 % intervals over rows (``_low``, ``_high``).
+        ``floor``, its standard error of estimation ``floor_error`` (see :class:`IdealLoss`), ``floor_lower`` and
+        ``floor_upper`` over ``position``; scalars ``floor_mean``, ``floor_lower_mean`` and ``floor_upper_mean`` over
+        positions 1 and later, with 95 % intervals over rows (``_low``, ``_high``), and ``floor_mean_error``.
 
     Raises:
         ValueError: A row does not begin a document, or is not text of the language.
@@ -29,21 +31,26 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
     for first in range(0, n_rows, _ROWS_AT_A_TIME):
         rows = slice(first, first + _ROWS_AT_A_TIME)
         labels = {name: label[rows] for name, label in sample.labels.items()}
-        parts.append(grammar.floor_bounds(Sample(sample.tokens[rows], labels)))
+        parts.append(grammar.ideal_loss(Sample(sample.tokens[rows], labels)))
     result = xr.Dataset(
         coords={"position": ("position", np.arange(context), {"long_name": "position in the row"})},
         attrs={
             "definition": "-log P(token | the tokens before it in the row) of a predictor that knows the grammar",
+            "method": parts[0].method,
             "grammar": grammar.model_dump_json(),
             "n_rows": n_rows,
             "context": context,
         },
     )
-    for i, bound in enumerate(("lower", "upper")):
-        loss = np.concatenate([part[i] for part in parts])
+    ideal = "the ideal predictor's loss"
+    for field, name, what in (
+        ("estimate", "floor", ideal),
+        ("lower", "floor_lower", f"lower bound of {ideal}"),
+        ("upper", "floor_upper", f"upper bound of {ideal}"),
+    ):
+        loss = np.concatenate([getattr(part, field) for part in parts])
         row_means = loss[:, 1:].mean(axis=1)
-        mean, half_width = row_means.mean(), 1.96 * row_means.std(ddof=1) / np.sqrt(n_rows)
-        name, what = f"floor_{bound}", f"{bound} bound of the ideal predictor's loss"
+        mean, half_width = row_means.mean(), _Z * row_means.std(ddof=1) / np.sqrt(n_rows)
         result[name] = ("position", loss.mean(axis=0), {"long_name": what, "units": "nats"})
         for suffix, value, words in (
             ("_mean", mean, ""),
@@ -52,4 +59,8 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
         ):
             long_name = f"{what}, mean over positions from 1{words}"
             result[name + suffix] = ((), float(value), {"long_name": long_name, "units": "nats"})
+    error = np.concatenate([part.error for part in parts])
+    words = {"long_name": "standard error of estimation of the ideal predictor's loss", "units": "nats"}
+    result["floor_error"] = ("position", np.sqrt((error**2).mean(axis=0) / n_rows), words)
+    result["floor_mean_error"] = ((), float(np.sqrt((error[:, 1:] ** 2).mean() / error[:, 1:].size)), words)
     return result

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import platform
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -69,10 +68,10 @@ def save_blocks(
     Args:
         folder: Where to; made if absent.
         description: What the corpus is; a folder with another description is refused.
-        make_block: Block number -> tokens. Must be picklable if ``workers`` exceeds 1.
+        make_block: Block number -> tokens.
         block_bytes: Size of every block; a file of another size is written again.
         dtype: Name of the blocks' type.
-        workers: Number of processes.
+        workers: Number of threads.
 
     Raises:
         CorpusError: The folder holds another corpus or unexplained blocks, or a finished corpus is damaged.
@@ -103,6 +102,7 @@ def save_blocks(
         blocks=[BlockEntry(file=p.name, bytes=p.stat().st_size, sha256=_hash_of_file(p)) for p in paths],
         versions={
             "mechhier": metadata.version("mechhier"),
+            "numba": metadata.version("numba"),
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
@@ -167,37 +167,20 @@ def _check_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> No
         raise CorpusError(f"{folder} holds another corpus ({', '.join(changed)}); choose another folder")
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
-
-_make_block: MakeBlock | None = None  # in a worker process: what makes its blocks
-
-
-def _start_worker(make_block: MakeBlock) -> None:
-    global _make_block
-    _make_block = make_block
-
-
-def _write_block_in_worker(folder: Path, i: int) -> None:
-    assert _make_block is not None
-    write_whole(folder / block_name(i), _make_block(i).tobytes())
-
-
 def _write_blocks(folder: Path, make_block: MakeBlock, numbers: list[int], workers: int) -> Iterator[None]:
     """Write blocks, yielding once for each that is complete."""
-    if workers == 1 or len(numbers) < 2:
-        for i in numbers:
-            yield write_whole(folder / block_name(i), make_block(i).tobytes())
-        return
-    # Spawned, not forked: a forked child of a process with threads (torch, a progress display) can lock up.
-    context = multiprocessing.get_context("spawn")
-    n = min(workers, len(numbers))
-    with ProcessPoolExecutor(n, mp_context=context, initializer=_start_worker, initargs=(make_block,)) as pool:
-        futures = [pool.submit(_write_block_in_worker, folder, i) for i in numbers]
+    # Threads, not processes: text is generated and hashed without the interpreter's lock.
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_write_block, folder, i, make_block) for i in numbers]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _write_block(folder: Path, i: int, make_block: MakeBlock) -> None:
+    write_whole(folder / block_name(i), make_block(i).tobytes())
 
 
 def _read_json(path: Path) -> Any:

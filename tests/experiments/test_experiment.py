@@ -12,7 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from mechhier.cli import app
-from mechhier.experiments import Experiment, ExperimentError
+from mechhier.experiments import Experiment
+from mechhier.specs import SpecError
 
 ARM = {
     "title": "A pool",
@@ -132,7 +133,7 @@ def test_every_field_is_used_or_refused(tmp_path, change, message):
     change(spec)
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec))
-    with pytest.raises(ExperimentError, match=message):
+    with pytest.raises(SpecError, match=message):
         Experiment.read(path)
     result = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
@@ -140,19 +141,19 @@ def test_every_field_is_used_or_refused(tmp_path, change, message):
 
 
 def test_missing_files_and_other_text_are_refused(tmp_path):
-    with pytest.raises(ExperimentError, match=r"no packaged experiment of that name \(demo\)"):
+    with pytest.raises(SpecError, match=r"no packaged experiment of that name \(demo\)"):
         Experiment.read("demos")
     path = tmp_path / "spec.yaml"
     path.write_text("[1, 2")
-    with pytest.raises(ExperimentError, match="is not YAML"):
+    with pytest.raises(SpecError, match="is not YAML"):
         Experiment.read(path)
     path.write_text("- 1")
-    with pytest.raises(ExperimentError, match="must hold the fields title, seed, arms"):
+    with pytest.raises(SpecError, match="must hold the fields title, seed, arms"):
         Experiment.read(path)
 
 
 def test_yaml_cannot_make_python_objects(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("title: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ExperimentError, match="is not YAML"):
+    with pytest.raises(SpecError, match="is not YAML"):
         Experiment.read(path)

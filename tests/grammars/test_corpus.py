@@ -1,5 +1,6 @@
 """A corpus is the same text however it is read, and knows the floor of its language."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from mechhier.grammars import AnyGrammar, Corpus, DocumentGrammar, NGram
+from mechhier.grammars import (
+    PCFG,
+    AnyGrammar,
+    Corpus,
+    CorpusError,
+    DocumentGrammar,
+    NGram,
+    cfg3,
+    dyck,
+    random_hierarchy,
+)
 
 POOL = DocumentGrammar(n_words=6, lexicon=4, binding=1.0)
 
@@ -105,7 +116,7 @@ def test_a_grammar_is_read_by_its_kind():
     for grammar in (POOL, NGram.paper(), DocumentGrammar.paper(), read):
         assert adapter.validate_json(grammar.model_dump_json()) == grammar
     with pytest.raises(ValidationError, match="'document', 'ngram'"):
-        adapter.validate_python({"kind": "dyck"})
+        adapter.validate_python({"kind": "markov"})
 
 
 def test_a_corpus_can_be_pickled_and_leaves_its_blocks_behind(corpus):
@@ -129,11 +140,12 @@ def test_a_corpus_keeps_a_few_blocks_in_memory():
 def test_floor_of_an_exact_language_is_its_predictors_loss_on_held_out_rows():
     corpus = POOL.corpus(tokens=96 * 1000, context=96)
     floor = corpus.floor(n_rows=40)
-    loss, _ = POOL.floor_bounds(corpus.held_out().sample(0, 40))
-    np.testing.assert_allclose(floor.floor_lower, loss.mean(axis=0))
-    np.testing.assert_allclose(floor.floor_upper, loss.mean(axis=0))
-    assert float(floor.floor_lower_mean) == pytest.approx(loss[:, 1:].mean())
-    assert floor.floor_lower_mean_low < floor.floor_lower_mean < floor.floor_lower_mean_high
+    loss = POOL.ideal_loss(corpus.held_out().sample(0, 40)).estimate
+    for name in ("floor", "floor_lower", "floor_upper"):
+        np.testing.assert_allclose(floor[name], loss.mean(axis=0))
+        assert float(floor[f"{name}_mean"]) == pytest.approx(loss[:, 1:].mean())
+        assert floor[f"{name}_mean_low"] < floor[f"{name}_mean"] < floor[f"{name}_mean_high"]
+    assert float(floor.floor_mean_error) == 0
     assert all(v.attrs["units"] == "nats" and v.attrs["long_name"] for v in floor.data_vars.values())
     assert (floor.attrs["split"], floor.attrs["n_rows"]) == ("validation", 40)
 
@@ -141,14 +153,21 @@ def test_floor_of_an_exact_language_is_its_predictors_loss_on_held_out_rows():
 def test_floor_of_a_held_out_corpus_is_measured_on_itself():
     held_out = NGram().corpus(tokens=64 * 300, context=64).held_out("test", tokens=64 * 20)
     floor = held_out.floor()
-    loss, _ = held_out.grammar.floor_bounds(held_out.sample(0, 20))
-    np.testing.assert_allclose(floor.floor_lower, loss.mean(axis=0))
+    loss = held_out.grammar.ideal_loss(held_out.sample(0, 20)).estimate
+    np.testing.assert_allclose(floor.floor, loss.mean(axis=0))
     assert (floor.attrs["split"], floor.attrs["n_rows"]) == ("test", 20)
 
 
-def test_floor_of_per_document_lexicons_has_two_bounds():
+def test_floor_of_per_document_lexicons_lies_between_its_bounds():
     floor = DocumentGrammar(zipf=2.0).corpus(tokens=96 * 1000, context=96).floor(n_rows=20)
-    assert float(floor.floor_lower_mean) < float(floor.floor_upper_mean) - 0.5
+    assert float(floor.floor_lower_mean) + 0.1 < float(floor.floor_mean) < float(floor.floor_upper_mean) - 0.1
+
+
+def test_floor_of_a_grammar_with_rejected_lengths_says_that_only_bounds_are_known():
+    floor = dyck(lengths=(2, 40)).corpus(tokens=64 * 100, context=64).floor(n_rows=10)
+    assert np.isnan(floor.floor_mean_error)
+    assert float(floor.floor_lower_mean) < float(floor.floor_upper_mean)
+    assert floor.attrs["method"].startswith("upper bound")
 
 
 def test_floor_of_packed_rows_is_refused(corpus):
@@ -183,6 +202,117 @@ def test_rows_out_of_range_are_refused(corpus):
     for index in (6000, -6001):
         with pytest.raises(IndexError, match="6000 rows"):
             corpus[index]
+
+
+def test_trees_of_blocks_of_different_depth_are_read_together():
+    grammar = PCFG.from_string("S -> 'a' S 'b' [0.45] | 'a' 'b' [0.55]")
+    corpus = grammar.corpus(tokens=2**19, context=64)
+    assert corpus.n_blocks == 2
+    first = corpus.rows_per_block
+    sample = corpus.sample(first - 3, first + 3, trees=True)
+    np.testing.assert_array_equal(sample.tokens, corpus.rows(first - 3, first + 3))
+    for row in range(6):
+        trees = grammar.trees(sample, row)
+        words = [grammar.vocabulary[t] for t in sample.tokens[row] if t != grammar.eos_token_id]
+        assert [token for tree in trees for token in tree.tokens] == words
+    with pytest.raises(ValueError, match="NGram has no trees"):
+        NGram().corpus(1000).sample(0, 1, trees=True)
+
+
+def test_a_corpus_is_exported_as_a_hugging_face_dataset():
+    corpus = POOL.corpus(tokens=96 * 50, context=96)
+    dataset = corpus.to_dataset()
+    assert dataset.num_rows == 50
+    np.testing.assert_array_equal(np.array(dataset["input_ids"]), corpus.rows(0, 50))
+    assert Corpus.from_description(json.loads(dataset.info.description)) == corpus
+
+
+# -- what splits share -----------------------------------------------------------------------------------------------
+
+SMALL = random_hierarchy(n_symbols=4, n_levels=2)  # 8 classes x 2 x 2^2 strings of 4 tokens, all equally likely
+
+
+def documents_of(corpus):
+    """The documents that rows hold whole, as tuples: an independent reading of the text."""
+    eos, per_document = corpus.grammar.eos_token_id, corpus.grammar.eos_per_document
+    found = set()
+    for row in corpus.rows(0, corpus.n_rows).tolist():
+        document = []
+        for token in row:
+            document.append(token)
+            if token == eos and document.count(eos) == per_document:
+                found.add(tuple(document))
+                document = []
+    return found
+
+
+@pytest.mark.parametrize(
+    "grammar", [SMALL, DocumentGrammar(n_words=2, lexicon="fixed", n_connectors=1, n_sections=1, n_paragraphs=1)]
+)
+def test_dealt_splits_share_no_document_and_others_do(grammar):
+    dealt = grammar.corpus(tokens=2**14, context=64, disjoint=True)
+    splits = [documents_of(corpus) for corpus in (dealt, dealt.held_out("validation"), dealt.held_out("test"))]
+    assert all(splits)
+    assert not splits[0] & splits[1]
+    assert not splits[0] & splits[2]
+    assert not splits[1] & splits[2]
+    free = grammar.corpus(tokens=2**14, context=64)
+    assert documents_of(free) & documents_of(free.held_out("test"))
+    dealt.require_disjoint(dealt.held_out("test"))
+    with pytest.raises(CorpusError, match=r"of \d+ documents of the test split .* also occur in the train split"):
+        free.require_disjoint(free.held_out("test"))
+
+
+def test_packed_rows_are_dealt_too():
+    packed = SMALL.corpus(2**12, context=16, disjoint=True, packed=True)
+    stream = packed.rows(0, packed.n_rows).ravel()
+    documents = [tuple(part.tolist()) for part in np.split(stream, np.flatnonzero(stream == SMALL.eos_token_id) + 1)]
+    assert len(documents) > 800
+    assert set(documents[:-1]) <= documents_of(SMALL.corpus(2**16, context=64, disjoint=True))
+
+
+def test_the_splits_get_their_shares_of_the_documents():
+    shares = {}
+    for split in ("train", "validation", "test"):
+        shares[split] = len(documents_of(SMALL.corpus(2**17, context=64, disjoint=True, split=split))) / 64
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["train"] == pytest.approx(0.8, abs=0.15)
+
+
+def test_dealt_rows_begin_documents_and_carry_their_labels():
+    corpus = cfg3(n_levels=3, seed=1).corpus(tokens=2**13, context=64, disjoint=True)
+    sample = corpus.sample(3, 60, trees=True)
+    np.testing.assert_array_equal(sample.tokens, corpus.rows(3, 60))
+    assert not sample.labels["position"][:, 0].any()
+    is_eos = sample.tokens == corpus.grammar.eos_token_id
+    np.testing.assert_array_equal(sample.labels["category"] == len(corpus.grammar.nonterminals), is_eos)
+    before = np.cumsum(is_eos, axis=1) - is_eos
+    np.testing.assert_array_equal(sample.labels["document"], before)
+    for row in range(5):
+        trees = corpus.grammar.trees(sample, row)
+        assert len(trees) == sample.labels["document"][row].max() + (0 if is_eos[row, -1] else 1) + is_eos[row, -1]
+        assert np.isfinite(corpus.grammar.log_probability(np.array([int(t[1:]) for t in trees[0].tokens])))
+
+
+def test_lexicons_that_are_too_few_to_differ_are_refused():
+    many = DocumentGrammar(n_words=30).corpus(10**6)
+    many.require_disjoint(many.held_out("test"))
+    few = DocumentGrammar(n_words=3).corpus(10**6)
+    with pytest.raises(CorpusError, match="may share one"):
+        few.require_disjoint(few.held_out("test"))
+
+
+def test_what_cannot_be_dealt_or_compared_is_refused(corpus):
+    with pytest.raises(ValueError, match="lexicons already differ"):
+        DocumentGrammar().corpus(1000, disjoint=True)
+    with pytest.raises(ValueError, match="different languages"):
+        corpus.require_disjoint(SMALL.corpus(1000))
+    packed = SMALL.corpus(1000, packed=True)
+    with pytest.raises(ValueError, match="packed=False"):
+        packed.require_disjoint(packed.held_out("test"))
+    one = PCFG.from_string("S -> 'a' 'a' 'a' [1.0]").corpus(1000, context=8, disjoint=True, split="test")
+    with pytest.raises(ValueError, match="too few different ones"):
+        one.rows(0, 1)
 
 
 def test_a_large_vocabulary_is_kept_in_32_bits():

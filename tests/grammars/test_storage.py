@@ -45,11 +45,10 @@ def test_a_folder_holds_the_blocks_and_a_manifest_that_describes_them(saved):
     assert set(files) == {"block-00000.bin", "block-00001.bin", "block-00002.bin", "manifest.json"}
     manifest = json.loads(files["manifest.json"])
     assert manifest["corpus"]["grammar"]["kind"] == "document"
-    assert (manifest["dtype"], set(manifest["versions"])) == ("uint16", {"mechhier", "numpy", "python"})
+    assert (manifest["dtype"], set(manifest["versions"])) == ("uint16", {"mechhier", "numba", "numpy", "python"})
     assert np.frombuffer(files["block-00001.bin"], "<u2").tolist() == CORPUS.rows(2730, 5460).ravel().tolist()
 
 
-@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_number_of_workers(saved, tmp_path):
     CORPUS.save(tmp_path / "two", workers=2)
     assert contents(tmp_path / "two") == contents(saved)

@@ -1,0 +1,90 @@
+"""Trees over the tokens of a text: a constituent is a symbol and what it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclass
+class Tree:
+    """A constituent: its symbol, and its parts in order, which are constituents or tokens.
+
+    ``str(tree)`` is bracket notation, as NLTK's ``Tree.fromstring`` and most treebank tools read it.
+
+    Example:
+        >>> tree = Tree("S", [Tree("A", ["a"]), "b"])
+        >>> str(tree), tree.tokens
+        ('(S (A a) b)', ['a', 'b'])
+    """
+
+    symbol: str
+    children: list[Tree | str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"({' '.join([self.symbol, *map(str, self.children)])})"
+
+    @property
+    def tokens(self) -> list[str]:
+        """Tokens of the constituent, from left to right."""
+        return list(self._tokens())
+
+    def _tokens(self) -> Iterator[str]:
+        for child in self.children:
+            if isinstance(child, Tree):
+                yield from child._tokens()
+            else:
+                yield child
+
+
+def trees_of_row(
+    tokens: Sequence[str],
+    ancestors: Int[np.ndarray, "position depth"],
+    nodes: Int[np.ndarray, "position depth"],
+    symbols: Sequence[str],
+) -> list[Tree]:
+    """Build the trees of a row from each token's ancestors: their symbols and their numbers, root first, -1 as padding.
+
+    A token without ancestors (such as the ``<eos>`` between two strings) belongs to no tree.
+    """
+    trees: list[Tree] = []
+    path: list[Tree] = []
+    numbers: list[int] = []
+    for token, symbol_ids, node_ids in zip(tokens, ancestors, nodes, strict=True):
+        depth = int((node_ids >= 0).sum())
+        shared = 0
+        while shared < min(depth, len(numbers)) and numbers[shared] == node_ids[shared]:
+            shared += 1
+        del path[shared:], numbers[shared:]
+        for level in range(shared, depth):
+            node = Tree(symbols[int(symbol_ids[level])])
+            if path:
+                path[-1].children.append(node)
+            else:
+                trees.append(node)
+            path.append(node)
+            numbers.append(int(node_ids[level]))
+        if path:
+            path[-1].children.append(token)
+    return trees
+
+
+def node_numbers(
+    ancestors: Int[np.ndarray, "row position depth"], shared: Int[np.ndarray, "row position"]
+) -> Int[np.ndarray, "row position depth"]:
+    """Number the constituents of every row from the number of ancestors that a token shares with the one before it.
+
+    Args:
+        ancestors: Symbols of every token's ancestors, root first, padded with -1.
+        shared: How many of them are the same constituents as those of the token before; 0 at a row's first token.
+    """
+    level = np.arange(ancestors.shape[2])
+    present = ancestors >= 0
+    new = present & (level >= shared[:, :, None])
+    count = np.cumsum(new.reshape(len(new), -1), axis=1).reshape(new.shape) - 1
+    number = np.where(new, count, -1)
+    # A constituent that goes on has the number it was given at its first token.
+    return np.where(present, np.maximum.accumulate(number, axis=1), -1)
