@@ -5,6 +5,7 @@ from mechhier.grammars.corpus import AnyGrammar, Corpus, CorpusSpec
 from mechhier.grammars.document import DocumentGrammar
 from mechhier.grammars.families import cfg3, dyck, random_hierarchy
 from mechhier.grammars.fitted_ngram import FittedNGram
+from mechhier.grammars.matched import matched_arms
 from mechhier.grammars.ngram import NGram
 from mechhier.grammars.pcfg import PCFG
 from mechhier.grammars.rules import Rule
@@ -27,5 +28,6 @@ __all__ = [
     "Tree",
     "cfg3",
     "dyck",
+    "matched_arms",
     "random_hierarchy",
 ]

@@ -3,10 +3,12 @@
 The language of arXiv 2603.06592 with every size a parameter. A sentence is, with probability ``p_chain``, a chain of
 1..``max_clauses`` (uniform) clauses subject-verb-object joined by uniform connectors; else one clause verb-subject-
 object. Every sentence ends with ``<eos>``. A word is drawn as a Zipf rank, and a *lexicon* (one permutation of the
-words per category) says which word has that rank.
+words per category) says which word has that rank. Every clause is four tokens: three words and a terminator, which is
+a connector or ``<eos>``.
 
-Every clause is four tokens: three words and a terminator, which is a connector or ``<eos>``. A text is therefore an
-array of clauses, and everything here works on such arrays.
+Its flat counterpart (``hierarchical=False``) is the first-order Markov chain over categories and ranks that has, given
+the lexicon, the same frequencies of single tokens and of pairs of neighbours, and no clauses, sentences or paragraphs.
+What differs between the two is structure beyond neighbours, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from scipy.special import entr
 
 from mechhier.grammars import document_generator, document_predictor
-from mechhier.grammars.base import Grammar, Sample, read_only, stable_generator, zipf
+from mechhier.grammars.base import Grammar, IdealLoss, MakeLabels, Sample, read_only, stable_generator, zipf
 from mechhier.grammars.clauses import CONNECTOR, EOS, OBJECT, SUBJECT, TOKENS_PER_CLAUSE, VERB
 
 Size = Annotated[int, Field(ge=1)]
@@ -45,7 +47,10 @@ class DocumentGrammar(Grammar):
         repetitions: With ``"per_document"``: number of documents of a block that share a lexicon. They are shuffled
             within their block, not across blocks.
         binding: Probability, per clause, that verb and object take the rank of their subject; otherwise the three
-            ranks are independent. Frequencies of single words do not depend on it. 0 in the paper.
+            ranks are independent. Frequencies of single words do not depend on it. 0 in the paper. In flat text: the
+            probability that a word takes the rank of the word right before it, which gives the same pairs.
+        hierarchical: Whether there are clauses, sentences, paragraphs and sections; False: the matched flat language
+            (see the module). Its documents end with as many ``<eos>`` and have the same mean length.
 
     Example:
         >>> grammar = DocumentGrammar(n_words=3, n_connectors=1, lexicon="fixed")
@@ -68,6 +73,7 @@ class DocumentGrammar(Grammar):
     lexicon: Literal["fixed", "per_document"] | Annotated[int, Field(ge=2)] = "per_document"
     repetitions: Size = 1
     binding: Probability = 0.0
+    hierarchical: bool = True
 
     @classmethod
     def paper(cls) -> DocumentGrammar:
@@ -133,13 +139,24 @@ class DocumentGrammar(Grammar):
         return read_only(np.repeat(np.arange(5), (*self.sizes, self.n_connectors, 1)))
 
     @property
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the constituents: those of several words, then the categories."""
+        several = ("document", "section", "paragraph", "sentence", "clause") if self.hierarchical else ("document",)
+        return several + self.categories
+
+    @property
     def sentences_per_document(self) -> int:
-        """Sentences in a document, always the same number."""
+        """Sentences in a document, always the same number: how many ``<eos>`` it has."""
         return self.n_sections * self.n_paragraphs * self.n_sentences
 
     @property
+    def eos_per_document(self) -> int:
+        """How many ``<eos>`` a document has: one a sentence."""
+        return self.sentences_per_document
+
+    @property
     def max_document_length(self) -> int:
-        """Tokens of a document of which every sentence has ``max_clauses`` clauses."""
+        """Tokens of a document of which every sentence has ``max_clauses`` clauses (flat text can be longer)."""
         return self.sentences_per_document * self.max_clauses * TOKENS_PER_CLAUSE
 
     # -- frequencies and entropy -------------------------------------------------------------------------------------
@@ -156,20 +173,36 @@ class DocumentGrammar(Grammar):
         return self.p_chain * (1 + self.max_clauses) / 2 + 1 - self.p_chain
 
     @cached_property
+    def category_transitions(self) -> Float[np.ndarray, "category next_category"]:
+        """P(category of a token | category of the token before it); a document begins as after ``<eos>``.
+
+        The same for hierarchical and flat text.
+        """
+        p, clauses = self.p_chain, (1 + self.max_clauses) / 2  # of a chain
+        pairs = np.zeros((5, 5))  # expected numbers in a sentence
+        pairs[EOS, [SUBJECT, VERB]] = p, 1 - p
+        pairs[SUBJECT, [VERB, OBJECT]] = p * clauses, 1 - p
+        pairs[VERB, [OBJECT, SUBJECT]] = p * clauses, 1 - p
+        pairs[OBJECT, [CONNECTOR, EOS]] = p * (clauses - 1), 1
+        pairs[CONNECTOR, SUBJECT] = 1
+        return read_only(pairs / pairs.sum(axis=1, keepdims=True))
+
+    @cached_property
+    def category_frequencies(self) -> Float[np.ndarray, " category"]:
+        """Probability of every category at a random place of a random document; the same for both kinds of text."""
+        terminators = 0.25 / self.mean_clauses
+        return read_only(np.array([0.25, 0.25, 0.25, 0.25 - terminators, terminators]))
+
+    @cached_property
     def unigram(self) -> Float[np.ndarray, " vocab"]:
         """Probability of every token id at a random place of a random document, in closed form.
 
         With a fixed lexicon or a pool: of this language's lexicons; with per-document lexicons: over all lexicons.
         """
-        frequency = np.empty(self.vocab_size)
-        if self.lexicon == "per_document":
-            for category, (start, n) in enumerate(zip(self.offsets, self.sizes, strict=False)):
-                frequency[start : self.offsets[category + 1]] = 0.25 / n
-        else:
+        n_tokens = np.array([*self.sizes, self.n_connectors, 1])
+        frequency = (self.category_frequencies / n_tokens)[self.token_categories]
+        if self.lexicon != "per_document":
             frequency[: self.offsets[CONNECTOR]] = 0.25 * self.word_probabilities.mean(axis=0)
-        terminators = 0.25 / self.mean_clauses
-        frequency[self.offsets[CONNECTOR] : self.offsets[EOS]] = (0.25 - terminators) / self.n_connectors
-        frequency[self.offsets[EOS]] = terminators
         return read_only(frequency)
 
     def entropy_rate_bounds(self) -> tuple[float, float]:
@@ -180,16 +213,36 @@ class DocumentGrammar(Grammar):
             of K, ln(K) more per document, or what per-document lexicons have if that is less; with per-document
             lexicons no inference in context, so that every word of a category is equally likely.
         """
-        p, m = self.p_chain, self.mean_clauses
-        structure = float(entr(p) + entr(1 - p)) + p * np.log(self.max_clauses) + (m - 1) * np.log(self.n_connectors)
-        tokens = TOKENS_PER_CLAUSE * m
-        lower = float((structure + m * self._clause_entropy()) / tokens)
-        uniform = float((structure + m * np.log(self.sizes).sum()) / tokens)
+        structure = self._structure_entropy()
+        known = structure + self._rank_entropy()
         if self.lexicon == "fixed":
-            return lower, lower
+            return known, known
+        uniform = structure + 0.25 * float(np.log(self.sizes).sum())
         if self.lexicon == "per_document":
-            return lower, uniform
-        return lower, min(uniform, lower + float(np.log(self.lexicon)) / (tokens * self.sentences_per_document))
+            return known, uniform
+        mean_length = TOKENS_PER_CLAUSE * self.mean_clauses * self.sentences_per_document
+        return known, min(uniform, known + float(np.log(self.lexicon)) / mean_length)
+
+    def _structure_entropy(self) -> float:
+        """Entropy in nats per token of the categories and of the choice of connectors."""
+        p, m = self.p_chain, self.mean_clauses
+        if self.hierarchical:
+            sentence = entr(p) + entr(1 - p) + p * np.log(self.max_clauses)
+            return float((sentence + (m - 1) * np.log(self.n_connectors)) / (TOKENS_PER_CLAUSE * m))
+        transitions = self.category_frequencies @ entr(self.category_transitions).sum(axis=1)
+        return float(transitions + self.category_frequencies[CONNECTOR] * np.log(self.n_connectors))
+
+    def _rank_entropy(self) -> float:
+        """Entropy in nats per token of the ranks, given the categories and the ranks before."""
+        if self.hierarchical:
+            return self._clause_entropy() / TOKENS_PER_CLAUSE
+        if self.binding == 0:
+            return 0.25 * sum(float(entr(law).sum()) for law in self.rank_probabilities)
+        law = self.rank_probabilities[0]
+        pairs = self.category_frequencies[:CONNECTOR] @ self.category_transitions[:CONNECTOR, :CONNECTOR]
+        tied = float(pairs.sum())  # how often a token is a word right after a word
+        given_neighbour = law @ _mixture_entropy(law, np.full(len(law), self.binding))
+        return float((0.75 - tied) * entr(law).sum() + tied * given_neighbour)
 
     def _clause_entropy(self) -> float:
         """Entropy in nats of the three ranks of a clause: H(first) + H(second | first) + H(third | first, second)."""
@@ -248,65 +301,60 @@ class DocumentGrammar(Grammar):
 
     # -- text --------------------------------------------------------------------------------------------------------
 
-    def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> Sample:
+    def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> tuple[np.ndarray, MakeLabels]:
         return document_generator.generate(self, n_rows, context, rng)
 
     # -- prediction --------------------------------------------------------------------------------------------------
 
     def next_token_probabilities(self, tokens: Int[np.ndarray, "row position"]) -> Float[np.ndarray, "row position v"]:
-        """Return P(token at t | the tokens before t), exactly: a Bayesian mixture over the language's lexicons.
+        """Return P(token at t | the tokens before t), exactly: a Bayesian mixture over lexicons.
 
-        The posterior over the lexicons starts uniform at every document and is updated token by token. Every row must
+        The posterior over the lexicons starts at every document from what the language says of them (uniform over its
+        lexicons; with per-document lexicons, over all permutations) and is updated token by token. Every row must
         begin a document (the layout of ``packed=False``); rows may end anywhere.
 
         Args:
             tokens: Token ids, ``[rows, positions]``.
 
         Returns:
-            Probabilities ``[rows, positions, vocab]``. Memory: rows x positions x (vocab + 4 K) float64 for K
-            lexicons; give the rows in portions.
+            Probabilities ``[rows, positions, vocab]``. Memory: rows x positions x (2 vocab + 6 K) float64 for K
+            lexicons; give the rows in portions. With per-document lexicons a row takes about seven times as long as
+            in :meth:`ideal_loss`.
 
         Raises:
-            ValueError: The lexicons are drawn per document (there is no tractable exact predictor:
-                :meth:`floor_bounds` brackets its loss), or a row is not text of this language.
+            ValueError: A row is not text of this language; or the lexicons are drawn per document and there is no
+                exact sum over them: words are bound to one another, or the documents are too long.
         """
-        self._refuse_per_document()
         return document_predictor.next_token_probabilities(self, tokens)
 
-    def floor_bounds(
-        self, sample: Sample
-    ) -> tuple[Float[np.ndarray, "row position"], Float[np.ndarray, "row position"]]:
-        """Return a lower and an upper bound of the ideal predictor's loss on every token, in nats.
+    def ideal_loss(self, sample: Sample) -> IdealLoss:
+        """Return the ideal predictor's loss on every token, in nats, between a lower and an upper bound.
 
-        With a fixed lexicon or a pool both are the loss of the exact predictor. With per-document lexicons the lower
-        bound knows the document's lexicon, and the upper infers nothing from the context: every word of a category is
-        equally likely. (Both hold for the expected loss; a single token's loss may lie outside.)
+        With a fixed lexicon or a pool it is the loss of the exact mixture and its own bounds. With per-document
+        lexicons it is exact where ``binding`` is 0 (or 1, in hierarchical text) and the documents are not too long,
+        else the estimate of particle filters (see :mod:`mechhier.grammars.lexicon_inference`); the lower bound knows
+        the document's lexicon, and the upper infers nothing from the context, so that every word of a category is
+        equally likely. Bounds hold in expectation; a single token's loss may lie outside.
+
+        The predictor forgets a lexicon at the end of its document. With ``repetitions`` above 1 other documents of
+        the row may share it; they are shuffled over a block of about 2^18 tokens, so that this is seldom, and the
+        estimate is, by that little, an upper bound.
 
         Args:
             sample: Tokens and labels as :meth:`generate` returns them with ``packed=False``; ``[rows, positions]``.
 
         Returns:
-            ``(lower, upper)``, each ``[rows, positions]``. Memory: rows x positions x 4 K float64 for K lexicons.
+            Losses ``[rows, positions]``. Memory: rows x positions x 6 K float64 for K lexicons.
 
         Raises:
             ValueError: A row does not begin a document, or is not text of this language.
         """
-        if any(np.any(sample.labels[name][:, 0] != 0) for name in ("sentence", "clause")):
+        if any(np.any(sample.labels[name][:, 0] != 0) for name in ("sentence", "clause") if name in sample.labels):
             raise ValueError(
                 "every row must begin a document to be predicted exactly; generate with packed=False, "
                 "or use entropy_rate_bounds() for packed text"
             )
-        if self.lexicon == "per_document":
-            return document_predictor.bounds_per_document(self, sample)
-        loss = document_predictor.losses(self, sample.tokens)
-        return loss, loss
-
-    def _refuse_per_document(self) -> None:
-        if self.lexicon == "per_document":
-            raise ValueError(
-                "lexicon='per_document' has no tractable exact predictor (it would sum over all permutations of the "
-                "words); floor_bounds(sample) or corpus.floor() bracket its loss"
-            )
+        return document_predictor.ideal_loss(self, sample)
 
 
 def _mixture_entropy(law: np.ndarray, weight: np.ndarray) -> np.ndarray:

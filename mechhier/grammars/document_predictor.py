@@ -1,7 +1,16 @@
-"""Exact next-token prediction for the document language: parse a text, weigh the lexicons, predict.
+"""Ideal next-token prediction for the document language and its flat counterpart: read a text, weigh the lexicons.
 
-A clause's three words are predicted in their order of appearance. With ranks r1, r2, r3, Zipf law z and binding b,
-P(r1, r2, r3) = z(r1) [b 1(r1 = r2 = r3) + (1 - b) z(r2) z(r3)], which is symmetric in the order of subject and verb.
+Both languages are predicted alike once a text is read: for every token, what its category can be given the tokens
+before it, and how its rank is tied to the ranks of the words right before it. With binding b and Zipf law z:
+
+* tie 0: the rank is drawn from z;
+* tie 1: it is the rank of the word before with probability b, else from z;
+* tie 2 (third word of a clause): if the two words before agree in a rank r, it is r with probability
+  b / (b + (1 - b) z(r)), else from z. This is the law of one coin per clause, P(r1, r2, r3) = z(r1) [b 1(r1 = r2 = r3)
+  + (1 - b) z(r2) z(r3)], which is symmetric in the order of subject and verb.
+
+Given a lexicon, that is everything. A fixed lexicon or a pool is a Bayesian mixture over the language's lexicons; what
+a text says about a lexicon drawn afresh is in :mod:`mechhier.grammars.lexicon_inference`.
 """
 
 from __future__ import annotations
@@ -12,201 +21,216 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mechhier.grammars.base import Sample, check_tokens
+from mechhier.grammars import lexicon_inference
+from mechhier.grammars.base import IdealLoss, Sample, check_tokens
 from mechhier.grammars.clauses import CONNECTOR, EOS, OBJECT, SUBJECT, TOKENS_PER_CLAUSE, VERB
 
 if TYPE_CHECKING:
     from mechhier.grammars.document import DocumentGrammar
 
-_PADDING = -1
-
 
 @dataclass(frozen=True)
-class _Parse:
-    """The structure of rows that begin a document, one entry per clause; ``tokens`` is padded to whole clauses."""
+class Reading:
+    """What is known of the tokens of rows that begin a document; every array has an entry per token.
 
-    tokens: Int[np.ndarray, "row clause 4"]
-    sentence_start: Bool[np.ndarray, "row clause"]
-    document_start: Bool[np.ndarray, "row clause"]
-    chain: Bool[np.ndarray, "row clause"]  # the sentence is a chain of subject-verb-object clauses
-    clause: Int[np.ndarray, "row clause"]  # number of the clause in its sentence
+    Attributes:
+        tokens: Token ids.
+        category: Category ids.
+        category_probabilities: P(category of the token | the tokens before it), for each of the five categories.
+        tie: How the rank of a word at this place depends on the words before it: 0, 1 or 2 (see the module).
+        document_start: Whether a document begins here.
+    """
+
+    tokens: Int[np.ndarray, "row position"]
+    category: Int[np.ndarray, "row position"]
+    category_probabilities: Float[np.ndarray, "row position 5"]
+    tie: Int[np.ndarray, "row position"]
+    document_start: Bool[np.ndarray, "row position"]
 
 
-def _parse(grammar: DocumentGrammar, tokens: Int[np.ndarray, "row position"]) -> _Parse:
-    """Parse rows that begin a document; raise ValueError at the first token that the grammar does not allow."""
+def read(grammar: DocumentGrammar, tokens: Int[np.ndarray, "row position"]) -> Reading:
+    """Read rows that begin a document.
+
+    Raises:
+        ValueError: The grammar does not allow a token where it stands; the message names the first such place.
+    """
     tokens = check_tokens(tokens, grammar.vocab_size)
-    n_rows, n_positions = tokens.shape
-    n_clauses = -(-n_positions // TOKENS_PER_CLAUSE)
-    padded = np.full((n_rows, n_clauses * TOKENS_PER_CLAUSE), _PADDING)
-    padded[:, :n_positions] = tokens
-    clauses = padded.reshape(n_rows, n_clauses, TOKENS_PER_CLAUSE)
-
-    ends_sentence = clauses[:, :, 3] == grammar.eos_token_id
-    sentence_start = np.ones((n_rows, n_clauses), dtype=bool)
-    sentence_start[:, 1:] = ends_sentence[:, :-1]
+    category = grammar.token_categories[tokens]
+    before = np.full(category.shape, EOS)
+    before[:, 1:] = category[:, :-1]
+    sentence_start = before == EOS
     sentence = np.cumsum(sentence_start, axis=1) - 1
-    index = np.broadcast_to(np.arange(n_clauses), (n_rows, n_clauses))
-    first_clause = np.maximum.accumulate(np.where(sentence_start, index, 0), axis=1)
-    parse = _Parse(
-        tokens=clauses,
-        sentence_start=sentence_start,
-        document_start=sentence_start & (sentence % grammar.sentences_per_document == 0),
-        chain=np.take_along_axis(clauses[:, :, 0] < grammar.offsets[VERB], first_clause, axis=1),
-        clause=index - first_clause,
-    )
-    _check(grammar, parse, n_positions)
-    return parse
-
-
-def _check(grammar: DocumentGrammar, parse: _Parse, n_positions: int) -> None:
-    category = np.where(parse.tokens == _PADDING, _PADDING, grammar.token_categories[parse.tokens])
-    chain = parse.chain[:, :, None]
-    expected = np.where(chain, [SUBJECT, VERB, OBJECT, EOS], [VERB, SUBJECT, OBJECT, EOS])
-    allowed = category == expected
-    goes_on = parse.chain & (parse.clause + 1 < grammar.max_clauses)
-    allowed[:, :, 3] |= (category[:, :, 3] == CONNECTOR) & goes_on
-    allowed[:, :, 0] &= np.where(parse.chain, grammar.p_chain > 0, grammar.p_chain < 1)
-    wrong = ~allowed.reshape(len(allowed), -1)[:, :n_positions]
+    if grammar.hierarchical:
+        probabilities, tie = _read_clauses(grammar, category, sentence_start)
+    else:
+        probabilities, tie = grammar.category_transitions[before], (before < CONNECTOR).astype(np.int64)
+    wrong = np.take_along_axis(probabilities, category[:, :, None], axis=2)[:, :, 0] == 0
     if wrong.any():
         row, position = (int(i) for i in np.argwhere(wrong)[0])
-        token = grammar.vocabulary[parse.tokens.reshape(len(wrong), -1)[row, position]]
         raise ValueError(
-            f"row {row}, position {position}: the grammar does not allow {token} here. Rows must begin a document "
-            "(packed=False) and be text of this language"
+            f"row {row}, position {position}: the grammar does not allow {grammar.vocabulary[tokens[row, position]]} "
+            "here. Rows must begin a document (packed=False) and be text of this language"
         )
+    return Reading(
+        tokens=tokens,
+        category=category,
+        category_probabilities=probabilities,
+        tie=tie if grammar.binding > 0 else np.zeros_like(tie),
+        document_start=sentence_start & (sentence % grammar.sentences_per_document == 0),
+    )
 
 
-def _structure_log_probability(grammar: DocumentGrammar, parse: _Parse) -> Float[np.ndarray, "row clause 4"]:
-    """Log-probability of each observed token's category, and of the connector within its category."""
-    result = np.zeros(parse.tokens.shape)
-    with np.errstate(divide="ignore"):
-        order = np.log(np.where(parse.chain, grammar.p_chain, 1 - grammar.p_chain))
-        left = np.maximum(grammar.max_clauses - parse.clause, 1)
-        connector = np.log((left - 1) / left) - np.log(grammar.n_connectors)
-    result[:, :, 0] = np.where(parse.sentence_start, order, 0)
-    end = np.where(parse.chain, -np.log(left), 0)
-    result[:, :, 3] = np.where(parse.tokens[:, :, 3] == grammar.eos_token_id, end, connector)
+def _read_clauses(
+    grammar: DocumentGrammar,
+    category: Int[np.ndarray, "row position"],
+    sentence_start: Bool[np.ndarray, "row position"],
+) -> tuple[Float[np.ndarray, "row position 5"], Int[np.ndarray, "row position"]]:
+    """Return category probabilities and ties of hierarchical text; behind an impossible token they mean nothing."""
+    position = np.broadcast_to(np.arange(category.shape[1]), category.shape)
+    slot = position % TOKENS_PER_CLAUSE
+    start = np.maximum.accumulate(np.where(sentence_start, position, 0), axis=1)
+    chain = np.take_along_axis(category == SUBJECT, start, axis=1)
+    clauses_left = np.where(chain, np.maximum(grammar.max_clauses - (position - start) // TOKENS_PER_CLAUSE, 1), 1)
+    # A sentence's first token decides whether it is a chain; every later clause is one of a chain.
+    p_subject = np.where(sentence_start, grammar.p_chain, 1.0)
+
+    probabilities = np.zeros((*category.shape, 5))
+    probabilities[:, :, SUBJECT] = np.select([slot == 0, slot == 1], [p_subject, ~chain], 0.0)
+    probabilities[:, :, VERB] = np.select([slot == 0, slot == 1], [1 - p_subject, chain], 0.0)
+    probabilities[:, :, OBJECT] = slot == 2
+    probabilities[:, :, EOS] = np.where(slot == 3, 1 / clauses_left, 0.0)
+    probabilities[:, :, CONNECTOR] = np.where(slot == 3, 1 - 1 / clauses_left, 0.0)
+    return probabilities, np.where(slot == 3, 0, slot)
+
+
+def _structure_losses(grammar: DocumentGrammar, reading: Reading) -> Float[np.ndarray, "row position"]:
+    """Loss in nats of every token's category, and of the connector within its category."""
+    observed = np.take_along_axis(reading.category_probabilities, reading.category[:, :, None], axis=2)[:, :, 0]
+    return np.where(reading.category == CONNECTOR, np.log(grammar.n_connectors), 0.0) - np.log(observed)
+
+
+def _tied(
+    grammar: DocumentGrammar, reading: Reading, ranks: Int[np.ndarray, "row position lexicon"]
+) -> Float[np.ndarray, "row position lexicon"]:
+    """Probability that a word at this place takes the rank of the word before it, given the ranks under a lexicon."""
+    b, before, two_before = grammar.binding, _shifted(ranks, 1), _shifted(ranks, 2)
+    tie = reading.tie[:, :, None]
+    result = np.where(tie == 1, b, np.zeros(ranks.shape))
+    if (reading.tie == 2).any():
+        law = grammar.rank_probabilities[0]
+        result += np.where((tie == 2) & (before == two_before), b / (b + (1 - b) * law[before]), 0.0)
     return result
 
 
-def _rank_log_probability(
-    grammar: DocumentGrammar, ranks: Int[np.ndarray, "*any 3"], chain: Bool[np.ndarray, "*any"]
-) -> Float[np.ndarray, "*any 3"]:
-    """Log-probability of the three ranks of each clause in order of appearance, each given those before it."""
-    with np.errstate(divide="ignore"):  # a steep law is 0 at its last ranks
-        subject, verb, object_ = (np.log(law) for law in grammar.rank_probabilities)
-    r1, r2, r3 = (ranks[..., i] for i in range(3))
-    if grammar.binding == 0:
-        first = np.where(chain, _at(subject, r1), _at(verb, r1))
-        second = np.where(chain, _at(verb, r2), _at(subject, r2))
-        return np.stack([first, second, _at(object_, r3)], axis=-1)
-    b, law = grammar.binding, grammar.rank_probabilities[0]
-    with np.errstate(divide="ignore"):
-        second = np.log(b * (r2 == r1) + (1 - b) * law[r2])
-        together = np.log(b * (r3 == r1) + (1 - b) * law[r2] * law[r3]) - np.log(b + (1 - b) * law[r2])
-    return np.stack([subject[r1], second, np.where(r2 == r1, together, object_[r3])], axis=-1)
+def _shifted(ranks: Int[np.ndarray, "row position lexicon"], by: int) -> Int[np.ndarray, "row position lexicon"]:
+    """Return the ranks ``by`` tokens earlier, 0 where there are none."""
+    result = np.zeros_like(ranks)
+    result[:, by:] = ranks[:, :-by]
+    return result
 
 
-def _at(log_law: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Look up ranks, which may be out of range where the caller takes another category's value, or in padding."""
-    return log_law[np.minimum(ranks, len(log_law) - 1)]
+def _rank_probability(
+    grammar: DocumentGrammar, reading: Reading, ranks: Int[np.ndarray, "row position lexicon"]
+) -> Float[np.ndarray, "row position lexicon"]:
+    """Probability of the observed ranks, each given those before it; 1 for a token without a rank."""
+    laws = np.zeros((3, max(grammar.sizes)))
+    for category, law in enumerate(grammar.rank_probabilities):
+        laws[category, : len(law)] = law
+    category = reading.category[:, :, None]
+    result = laws[np.minimum(category, OBJECT), ranks]
+    if grammar.binding > 0:
+        tied = _tied(grammar, reading, ranks)
+        result = tied * (ranks == _shifted(ranks, 1)) + (1 - tied) * result
+    return np.where(category < CONNECTOR, result, 1.0)
+
+
+def _ranks(grammar: DocumentGrammar, reading: Reading) -> Int[np.ndarray, "row position lexicon"]:
+    """Rank of every word under every lexicon of the language, 0 for connectors and ``<eos>``."""
+    is_word = reading.category < CONNECTOR
+    ranks = np.moveaxis(grammar.word_ranks[:, np.where(is_word, reading.tokens, 0)], 0, 2)
+    return np.where(is_word[:, :, None], ranks, 0)
 
 
 def _weigh(
-    grammar: DocumentGrammar, parse: _Parse, n_positions: int
+    grammar: DocumentGrammar, reading: Reading, ranks: Int[np.ndarray, "row position lexicon"]
 ) -> tuple[Float[np.ndarray, "row position"], Float[np.ndarray, "row position lexicon"]]:
-    """Return the log-probability of every token and the posterior over the lexicons before it."""
-    n_lexicons = len(grammar.lexicons)
-    n_rows = len(parse.tokens)
-    words = np.clip(parse.tokens[:, :, :3], 0, grammar.offsets[CONNECTOR] - 1)
-    ranks = np.moveaxis(grammar.word_ranks[:, words], 0, 2)  # row clause lexicon 3
-    likelihood = np.zeros((*parse.tokens.shape, n_lexicons))
-    of_words = _rank_log_probability(grammar, ranks, np.broadcast_to(parse.chain[:, :, None], ranks.shape[:-1]))
-    likelihood[:, :, :3] = np.moveaxis(of_words, 2, 3)
-    likelihood = likelihood.reshape(n_rows, -1, n_lexicons)
-    document_start = np.zeros(parse.tokens.shape, dtype=bool)
-    document_start[:, :, 0] = parse.document_start
-    document_start = document_start.reshape(n_rows, -1)
-
-    log_probability = _structure_log_probability(grammar, parse).reshape(n_rows, -1)[:, :n_positions]
-    posterior = np.empty((n_rows, n_positions, n_lexicons))
+    """Return the loss of every word within its category, and the posterior over the lexicons before it."""
+    likelihood = _rank_probability(grammar, reading, ranks)
+    n_rows, n_positions, n_lexicons = likelihood.shape
+    probability = np.empty((n_rows, n_positions))
+    posterior = np.empty_like(likelihood)
     weight = np.full((n_rows, n_lexicons), 1 / n_lexicons)
     for t in range(n_positions):
-        weight[document_start[:, t]] = 1 / n_lexicons
+        weight[reading.document_start[:, t]] = 1 / n_lexicons
         posterior[:, t] = weight
-        weight = weight * np.exp(likelihood[:, t])
-        total = weight.sum(axis=1, keepdims=True)
-        if not total.all():
-            row = int(np.argmin(total))
-            raise ValueError(f"row {row}, position {t}: the text has probability 0 under every lexicon of the language")
-        weight = weight / total
-        log_probability[:, t] += np.log(total[:, 0])
-    return log_probability, posterior
+        weight = weight * likelihood[:, t]
+        probability[:, t] = weight.sum(axis=1)
+        # Text that no lexicon allows is refused below; until then its row goes on.
+        weight = np.where(probability[:, t, None] > 0, weight, 1.0)
+        weight /= weight.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        loss = -np.log(probability)
+    return _refuse_impossible(loss), posterior
 
 
-def losses(grammar: DocumentGrammar, tokens: Int[np.ndarray, "row position"]) -> Float[np.ndarray, "row position"]:
-    """Return -log P(token at t | the tokens before t) in nats under the exact predictor."""
-    return -_weigh(grammar, _parse(grammar, tokens), np.shape(tokens)[1])[0]
+def _refuse_impossible(loss: Float[np.ndarray, "row position"]) -> Float[np.ndarray, "row position"]:
+    if np.isinf(loss).any():
+        row, position = (int(i) for i in np.argwhere(np.isinf(loss))[0])
+        raise ValueError(
+            f"row {row}, position {position}: the text has probability 0 under every lexicon of the language"
+        )
+    return loss
 
 
-def bounds_per_document(
-    grammar: DocumentGrammar, sample: Sample
-) -> tuple[Float[np.ndarray, "row position"], Float[np.ndarray, "row position"]]:
-    """Return the losses in nats of two predictors: one knows every document's lexicon, one infers nothing about it."""
-    parse = _parse(grammar, sample.tokens)
-    n_rows, n_positions = sample.tokens.shape
-    structure = _structure_log_probability(grammar, parse)
-    ranks = np.zeros(parse.tokens.shape, dtype=np.int64)
-    ranks.reshape(n_rows, -1)[:, :n_positions] = sample.labels["rank"]
-    known = structure.copy()
-    known[:, :, :3] += _rank_log_probability(grammar, ranks[:, :, :3], parse.chain)
-    uniform = structure.copy()
-    subject, verb, object_ = (-np.log(n) for n in grammar.sizes)
-    uniform[:, :, :3] += np.where(parse.chain[:, :, None], [subject, verb, object_], [verb, subject, object_])
-    lower, upper = (-x.reshape(n_rows, -1)[:, :n_positions] for x in (known, uniform))
-    return lower, upper
+def ideal_loss(grammar: DocumentGrammar, sample: Sample) -> IdealLoss:
+    """Return the ideal predictor's loss on every token; see :meth:`DocumentGrammar.ideal_loss`."""
+    reading = read(grammar, sample.tokens)
+    structure = _structure_losses(grammar, reading)
+    if grammar.lexicon != "per_document":
+        known = "the lexicon is known" if grammar.lexicon == "fixed" else f"mixture over the {grammar.lexicon} lexicons"
+        return IdealLoss.exact(structure + _weigh(grammar, reading, _ranks(grammar, reading))[0], f"exact: {known}")
+    words, error, method = lexicon_inference.word_losses(grammar, reading)
+    words = _refuse_impossible(words)
+    known = -np.log(_rank_probability(grammar, reading, np.maximum(sample.labels["rank"], 0)[:, :, None])[:, :, 0])
+    log_size = np.log([*grammar.sizes, 1, 1])[reading.category]
+    return IdealLoss(
+        estimate=structure + words,
+        error=error,
+        lower=structure + known,
+        upper=structure + log_size,
+        method=method,
+    )
 
 
 def next_token_probabilities(
     grammar: DocumentGrammar, tokens: Int[np.ndarray, "row position"]
 ) -> Float[np.ndarray, "row position vocab"]:
     """Return P(token at t | the tokens before t); see :meth:`DocumentGrammar.next_token_probabilities`."""
-    parse = _parse(grammar, tokens)
-    n_rows, n_positions = np.shape(tokens)
-    posterior = _weigh(grammar, parse, n_positions)[1]
-    result = np.zeros((n_rows, n_positions, grammar.vocab_size))
-    starts, words = grammar.offsets, grammar.word_probabilities
-    columns = [slice(starts[c], starts[c + 1]) for c in (SUBJECT, VERB, OBJECT, CONNECTOR)]
-    b = grammar.binding
+    reading = read(grammar, tokens)
+    first_connector, eos = grammar.offsets[CONNECTOR], grammar.eos_token_id
+    result = np.empty((*reading.tokens.shape, grammar.vocab_size))
+    p_category = reading.category_probabilities
+    result[:, :, first_connector:eos] = p_category[:, :, CONNECTOR, None] / grammar.n_connectors
+    result[:, :, eos] = p_category[:, :, EOS]
+    if grammar.lexicon == "per_document":
+        words = lexicon_inference.next_word_probabilities(grammar, reading)
+    else:
+        words = _mixture_of_words(grammar, reading)
+    # Each word's probability within its category, times its category's.
+    result[:, :, :first_connector] = words * p_category[:, :, grammar.token_categories[:first_connector]]
+    return result
 
-    for slot in range(TOKENS_PER_CLAUSE):
-        out, weight = result[:, slot::TOKENS_PER_CLAUSE], posterior[:, slot::TOKENS_PER_CLAUSE]
-        n = out.shape[1]
-        chain, start = parse.chain[:, :n], parse.sentence_start[:, :n]
-        if slot == 0:
-            p_subject = np.where(start, grammar.p_chain, 1.0)[:, :, None]
-            out[:, :, columns[SUBJECT]] = p_subject * (weight @ words[:, columns[SUBJECT]])
-            out[:, :, columns[VERB]] = (1 - p_subject) * (weight @ words[:, columns[VERB]])
-        elif slot == 3:
-            left = np.where(chain, np.maximum(grammar.max_clauses - parse.clause[:, :n], 1), 1)
-            out[:, :, -1] = 1 / left
-            out[:, :, columns[CONNECTOR]] = ((1 - 1 / left) / grammar.n_connectors)[:, :, None]
-        else:
-            ranks = np.moveaxis(grammar.word_ranks[:, parse.tokens[:, :n, :slot]], 0, 2)  # row clause lexicon slot
-            if slot == 1:
-                bound, free = b * weight, (1 - b) * weight
-                category = np.where(chain, VERB, SUBJECT)
-            else:
-                agree = ranks[..., 0] == ranks[..., 1]
-                p_second = grammar.rank_probabilities[0][ranks[..., 1]] if b else np.ones(agree.shape)
-                p_bound = np.where(agree, b / (b + (1 - b) * p_second), 0)
-                bound, free = p_bound * weight, (1 - p_bound) * weight
-                category = np.full(chain.shape, OBJECT)
-            for c in (SUBJECT, VERB, OBJECT):
-                out[:, :, columns[c]] = np.where((category == c)[:, :, None], free @ words[:, columns[c]], 0)
-            if b:
-                lexicon = np.arange(len(grammar.lexicons))
-                tied = grammar.lexicons[lexicon, category[:, :, None], ranks[..., 0]]  # has the first word's rank
-                row, clause = np.ogrid[:n_rows, :n]
-                np.add.at(out, (row[:, :, None], clause[:, :, None], tied), bound)
+
+def _mixture_of_words(grammar: DocumentGrammar, reading: Reading) -> Float[np.ndarray, "row position word"]:
+    """P(word | its category and the tokens before it) for every word, under the posterior over the lexicons."""
+    ranks = _ranks(grammar, reading)
+    posterior = _weigh(grammar, reading, ranks)[1]
+    if grammar.binding == 0:
+        return posterior @ grammar.word_probabilities
+    tied = _tied(grammar, reading, ranks)
+    result = (posterior * (1 - tied)) @ grammar.word_probabilities
+    row, position, lexicon = np.ogrid[tuple(slice(n) for n in ranks.shape)]
+    for category in (SUBJECT, VERB, OBJECT):
+        word = grammar.lexicons[lexicon, category, _shifted(ranks, 1)]  # the word that has the rank of the word before
+        np.add.at(result, (row, position, word), posterior * tied)
     return result

@@ -36,7 +36,7 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
         coords={"position": ("position", np.arange(context), {"long_name": "position in the row"})},
         attrs={
             "definition": "-log P(token | the tokens before it in the row) of a predictor that knows the grammar",
-            "method": parts[0].method,
+            "method": "; ".join(dict.fromkeys(part.method for part in parts)),
             "grammar": grammar.model_dump_json(),
             "n_rows": n_rows,
             "context": context,
@@ -59,8 +59,11 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
         ):
             long_name = f"{what}, mean over positions from 1{words}"
             result[name + suffix] = ((), float(value), {"long_name": long_name, "units": "nats"})
+    # Rows are estimated independently; the errors of a row's tokens may be all in one direction.
     error = np.concatenate([part.error for part in parts])
+    by_position = np.sqrt((error**2).sum(axis=0)) / n_rows
+    of_mean = np.sqrt((error[:, 1:].mean(axis=1) ** 2).sum()) / n_rows
     words = {"long_name": "standard error of estimation of the ideal predictor's loss", "units": "nats"}
-    result["floor_error"] = ("position", np.sqrt((error**2).mean(axis=0) / n_rows), words)
-    result["floor_mean_error"] = ((), float(np.sqrt((error[:, 1:] ** 2).mean() / error[:, 1:].size)), words)
+    result["floor_error"] = ("position", by_position, words)
+    result["floor_mean_error"] = ((), float(of_mean), words)
     return result

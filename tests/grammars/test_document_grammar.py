@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from scipy.stats import binomtest, chisquare
+from scipy.stats import binomtest, chi2_contingency, chisquare
 
 from mechhier.grammars import DocumentGrammar
 
@@ -192,6 +192,75 @@ def test_binding_is_one_coin_per_clause_in_either_order(p_chain):
     observed = np.append(counts[often], counts[~often].sum())
     expected = len(ranks) * np.append(joint.ravel()[often], joint.ravel()[~often].sum())
     assert chisquare(observed, expected).pvalue > 1e-3
+
+
+FLAT = {"n_connectors": 2, "zipf": 1.0, "lexicon": "fixed", "p_chain": 0.4}
+
+
+def stream(hierarchical, binding, seed):
+    """One long text of small vocabulary, the lexicon fixed."""
+    grammar = DocumentGrammar(n_words=4, binding=binding, hierarchical=hierarchical, **FLAT)
+    return grammar, grammar.generate(500, 512, rng(seed), packed=True)
+
+
+@pytest.mark.parametrize("binding", [0.0, 0.6, 1.0])
+def test_flat_text_has_the_tokens_and_the_pairs_of_neighbours_of_hierarchical_text(binding):
+    counts = []
+    for hierarchical in (True, False):
+        grammar, sample = stream(hierarchical, binding, seed=7)
+        tokens = sample.tokens.ravel()
+        # Far apart, so that they are as good as independent; 31 is odd, so that every place of a clause has its turn.
+        pairs = tokens[:-1:31] * grammar.vocab_size + tokens[1::31]
+        counts.append(np.bincount(pairs, minlength=grammar.vocab_size**2))
+    counts = np.array(counts)
+    assert np.all((counts[0] > 0) == (counts[1] > 0)), "the same pairs are possible"
+    often = counts.sum(axis=0) > 20
+    assert chi2_contingency(counts[:, often]).pvalue > 1e-3
+    tokens = counts.reshape(2, grammar.vocab_size, -1).sum(axis=2)
+    assert chi2_contingency(tokens).pvalue > 1e-3
+    assert chisquare(tokens[1], tokens[1].sum() * grammar.unigram).pvalue > 1e-3
+
+
+def test_flat_text_is_a_first_order_chain_of_categories_and_hierarchical_text_is_not():
+    p_values = {}
+    for hierarchical in (True, False):
+        category = stream(hierarchical, 0.0, seed=8)[1].labels["category"].ravel()
+        before, now, after = category[:-2], category[1:-1], category[2:]
+        verb = now == 1
+        table = np.array([[np.sum(verb & (before == b) & (after == a)) for a in (0, 2)] for b in (0, 4)])
+        p_values[hierarchical] = chi2_contingency(table).pvalue
+    assert p_values[False] > 1e-3 > 1e-50 > p_values[True]
+
+
+@pytest.mark.parametrize("binding", [0.0, 0.6, 1.0])
+def test_a_flat_word_has_its_neighbours_rank_with_probability_binding_and_else_its_own(binding):
+    sample = stream(False, binding, seed=9)[1]
+    rank = sample.labels["rank"].ravel()
+    neighbours = (rank[1:] >= 0) & (rank[:-1] >= 0)
+    first = (rank[1:] >= 0) & (rank[:-1] < 0)
+    law = np.array([1 / (r + 1) for r in range(4)])
+    law /= law.sum()
+    assert chisquare(np.bincount(rank[1:][first]), first.sum() * law).pvalue > 1e-3
+    for r in range(4):
+        following = rank[1:][neighbours & (rank[:-1] == r)]
+        expected = binding * (np.arange(4) == r) + (1 - binding) * law
+        observed = np.bincount(following, minlength=4)
+        assert not observed[expected == 0].any()
+        possible = expected > 0
+        assert possible.sum() == 1 or chisquare(observed[possible], len(following) * expected[possible]).pvalue > 1e-3
+
+
+def test_a_flat_document_ends_at_its_last_eos_and_has_the_same_mean_length():
+    grammar = DocumentGrammar(n_words=3, n_sections=1, n_paragraphs=1, n_sentences=3, lexicon=2, hierarchical=False)
+    sample = grammar.generate(300, 512, rng(2), packed=True)
+    sentence = np.cumsum(sample.tokens.ravel() == grammar.eos_token_id)
+    before = np.append(0, sentence[:-1]).reshape(sample.tokens.shape)
+    np.testing.assert_array_equal(sample.labels["document"], before // 3 - before[:, :1] // 3)
+    np.testing.assert_array_equal(sample.labels["sentence"], before % 3)
+    mean_length = sample.tokens.size / (sentence[-1] / 3)
+    assert mean_length == pytest.approx(3 * 4 * 1.5, rel=0.02)
+    assert set(sample.labels) == {"category", "rank", "document", "sentence", "lexicon"}
+    assert len(set(sample.labels["lexicon"].ravel())) == 2
 
 
 def test_the_paper_has_its_published_sizes_and_floors():

@@ -1,4 +1,4 @@
-"""Exact predictions of the document language against enumeration of whole languages in plain Python."""
+"""Exact predictions of the document language and its flat counterpart against enumeration in plain Python."""
 
 import itertools
 import math
@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mechhier.grammars import DocumentGrammar, Sample
+from mechhier.grammars.base import Sample
+from mechhier.grammars.document import DocumentGrammar
 
 TINY = {"n_connectors": 1, "n_sections": 1, "n_paragraphs": 1, "n_sentences": 2, "max_clauses": 2}
 
@@ -81,10 +82,155 @@ def test_next_token_probabilities_equal_enumeration_across_documents(name):
                 history, ended = (), 0
     np.testing.assert_allclose(result, expected, atol=1e-12)
     assert sample.labels["document"].max() >= 1
-    lower, upper = grammar.floor_bounds(sample)
+    loss = grammar.ideal_loss(sample)
     observed = np.take_along_axis(expected, sample.tokens[:, :, None], axis=2)[:, :, 0]
-    np.testing.assert_allclose(lower, -np.log(observed), atol=1e-10)
-    np.testing.assert_array_equal(lower, upper)
+    np.testing.assert_allclose(loss.estimate, -np.log(observed), atol=1e-10)
+    np.testing.assert_array_equal(loss.lower, loss.estimate)
+    np.testing.assert_array_equal(loss.upper, loss.estimate)
+    assert not loss.error.any()
+    assert loss.method.startswith("exact")
+
+
+def all_lexicons(grammar):
+    """Every choice of a permutation of the words of each category."""
+    starts = np.cumsum((0, *grammar.sizes))
+    categories = [range(starts[i], starts[i + 1]) for i in range(3)]
+    return list(itertools.product(*(itertools.permutations(words) for words in categories)))
+
+
+@pytest.mark.parametrize("binding", [0.0, 1.0])
+def test_per_document_lexicons_are_predicted_as_by_enumeration_of_all_lexicons(binding):
+    grammar = DocumentGrammar(n_words=2, lexicon="per_document", binding=binding, zipf=1.5, **TINY)
+    prefixes = Counter()
+    for document, p in language(grammar, all_lexicons(grammar)).items():
+        for end in range(len(document) + 1):
+            prefixes[document[:end]] += p
+    sample = grammar.generate(30, 30, np.random.default_rng(1))
+    loss = grammar.ideal_loss(sample)
+    assert loss.method.startswith("exact")
+    assert not loss.error.any()
+    predicted = grammar.next_token_probabilities(sample.tokens) if binding == 0 else None
+    for row, tokens in enumerate(sample.tokens.tolist()):
+        history, ended = (), 0
+        for t, token in enumerate(tokens):
+            expected = [prefixes[(*history, v)] / prefixes[history] for v in range(grammar.vocab_size)]
+            assert loss.estimate[row, t] == pytest.approx(-math.log(expected[token]), abs=1e-10)
+            if predicted is not None:
+                np.testing.assert_allclose(predicted[row, t], expected, atol=1e-10)
+            history = (*history, token)
+            ended += token == grammar.eos_token_id
+            if ended == grammar.sentences_per_document:
+                history, ended = (), 0
+
+
+# -- flat text --------------------------------------------------------------------------------------------------------
+
+
+def category_chain(grammar):
+    """P(next category | category) counted in the hierarchical language's sentences, written out in full."""
+    pairs = Counter()
+    sentences = {(1, 0, 2, 4): 1 - grammar.p_chain}
+    for n in range(1, grammar.max_clauses + 1):
+        sentences[(*(0, 1, 2, 3) * (n - 1), 0, 1, 2, 4)] = grammar.p_chain / grammar.max_clauses
+    for sentence, p in sentences.items():
+        for pair in itertools.pairwise((4, *sentence)):
+            pairs[pair] += p
+    return {(a, b): p / sum(q for (c, _), q in pairs.items() if c == a) for (a, b), p in pairs.items()}
+
+
+def flat_next(grammar, lexicon, before, after_word):
+    """P(next token | the token before it, under one lexicon) from the definition, {token: probability}."""
+    rank_of = {int(word): (c, r) for c, words in enumerate(lexicon) for r, word in enumerate(words) if word >= 0}
+    law = [[(r + 1) ** -grammar.zipf / sum((i + 1) ** -grammar.zipf for i in range(n)) for r in range(n)]
+           for n in grammar.sizes]  # fmt: skip
+    first_connector = sum(grammar.sizes)
+    now = 4 if before is None or before == grammar.eos_token_id else rank_of[before][0] if after_word else 3
+    chain = category_chain(grammar)
+    result = {v: chain.get((now, 3), 0) / grammar.n_connectors for v in range(first_connector, grammar.eos_token_id)}
+    result[grammar.eos_token_id] = chain.get((now, 4), 0)
+    for word, (c, r) in rank_of.items():
+        tied = grammar.binding if after_word else 0
+        p = tied * (after_word and rank_of[before][1] == r) + (1 - tied) * law[c][r]
+        result[word] = chain.get((now, c), 0) * p
+    return result
+
+
+FLAT = {
+    "pool": DocumentGrammar(n_words=3, lexicon=3, binding=0.6, hierarchical=False, **TINY),
+    "fixed, unequal sizes": DocumentGrammar(
+        n_words=(3, 1, 2), lexicon="fixed", p_chain=0.8, hierarchical=False, **TINY
+    ),
+    "per document": DocumentGrammar(n_words=2, lexicon="per_document", zipf=2.0, hierarchical=False, **TINY),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_predictions_equal_a_mixture_of_chains_written_out(name):
+    grammar = FLAT[name]
+    lexicons = all_lexicons(grammar) if grammar.lexicon == "per_document" else list(grammar.lexicons)
+    sample = grammar.generate(6, 40, np.random.default_rng(2))
+    result = grammar.next_token_probabilities(sample.tokens)
+    loss = grammar.ideal_loss(sample).estimate
+    for row, tokens in enumerate(sample.tokens.tolist()):
+        weights, ended, before = [1 / len(lexicons)] * len(lexicons), 0, None
+        for t, token in enumerate(tokens):
+            after_word = before is not None and before < sum(grammar.sizes)
+            under = [flat_next(grammar, lexicon, before, after_word) for lexicon in lexicons]
+            for v in range(grammar.vocab_size):
+                expected = sum(w * p[v] for w, p in zip(weights, under, strict=True)) / sum(weights)
+                assert result[row, t, v] == pytest.approx(expected, abs=1e-11)
+            assert loss[row, t] == pytest.approx(-math.log(result[row, t, token]), abs=1e-10)
+            weights = [w * p[token] for w, p in zip(weights, under, strict=True)]
+            before = token
+            ended += token == grammar.eos_token_id
+            if ended == grammar.sentences_per_document:
+                weights, ended, before = [1 / len(lexicons)] * len(lexicons), 0, None
+    assert sample.labels["document"].max() >= 1
+
+
+@pytest.mark.parametrize("binding", [0.0, 0.6, 1.0])
+def test_entropy_rate_of_flat_text_is_that_of_its_chain_of_tokens(binding):
+    grammar = DocumentGrammar(
+        n_words=3, n_connectors=2, lexicon="fixed", binding=binding, p_chain=0.3, hierarchical=False
+    )
+    rows = []
+    for token in range(grammar.vocab_size):
+        next_token = flat_next(grammar, grammar.lexicons[0], token, token < 9)
+        rows.append([next_token[v] for v in range(grammar.vocab_size)])
+    transition = np.array(rows)
+    np.testing.assert_allclose(transition.sum(axis=1), 1)
+    stationary = np.linalg.matrix_power(0.5 * (transition + np.eye(len(rows))), 4096)[0]
+    logs = np.log(np.where(transition > 0, transition, 1))
+    rate = -(stationary[:, None] * transition * logs).sum()
+    assert grammar.entropy_rate_bounds() == pytest.approx((rate, rate), abs=1e-10)
+    np.testing.assert_allclose(grammar.unigram, stationary, atol=1e-10)
+
+
+def test_entropy_rates_of_flat_text_with_unequal_sizes_and_per_document_lexicons():
+    grammar = DocumentGrammar(n_words=(5, 2, 3), lexicon="per_document", p_chain=0.3, hierarchical=False)
+    loss = grammar.ideal_loss(grammar.generate(40, 4000, np.random.default_rng(0)))
+    for losses, rate in zip((loss.lower, loss.upper), grammar.entropy_rate_bounds(), strict=True):
+        standard_error = losses.mean(axis=1).std(ddof=1) / math.sqrt(len(losses))
+        assert abs(losses.mean() - rate) < 4 * standard_error
+
+
+def test_impossible_flat_text_is_refused_with_its_place():
+    grammar = DocumentGrammar(n_words=2, lexicon="fixed", hierarchical=False, **TINY)
+    names = {name: i for i, name in enumerate(grammar.vocabulary)}
+
+    def predict(text, grammar=grammar):
+        return grammar.next_token_probabilities(np.array([[names[name] for name in text.split()]]))
+
+    predict("s0 v0 s1 v0 o1 <eos> s1 o0 c0 s0 o0 c0 s0")
+    with pytest.raises(ValueError, match="row 0, position 2: the grammar does not allow s1"):
+        predict("s0 o0 s1")
+    with pytest.raises(ValueError, match="position 0: the grammar does not allow o1"):
+        predict("o1")
+    with pytest.raises(ValueError, match="position 1: the grammar does not allow o0"):
+        predict("v0 o0", grammar.model_copy(update={"p_chain": 0.0}))
+
+
+# -- closed forms -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,19 +267,20 @@ def test_the_true_entropy_rate_of_per_document_lexicons_lies_within_its_bounds(b
     np.testing.assert_allclose(grammar.unigram, counts / mean_length, atol=1e-12)
 
 
-@pytest.mark.parametrize("lexicon", ["fixed", "per_document"])
-@pytest.mark.parametrize("binding", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("lexicon", "binding"), [("fixed", 0.0), ("fixed", 0.7), ("per_document", 0.0), ("per_document", 1.0)]
+)
 def test_mean_losses_of_whole_documents_equal_the_closed_form_entropy_rates(lexicon, binding):
     grammar = DocumentGrammar(lexicon=lexicon, binding=binding, zipf=2.0, max_clauses=1)  # every document: 64 tokens
-    losses = grammar.floor_bounds(grammar.generate(400, 64, np.random.default_rng(5)))
-    for loss, rate in zip(losses, grammar.entropy_rate_bounds(), strict=True):
+    losses = grammar.ideal_loss(grammar.generate(400, 64, np.random.default_rng(5)))
+    for loss, rate in zip((losses.lower, losses.upper), grammar.entropy_rate_bounds(), strict=True):
         standard_error = loss.mean(axis=1).std(ddof=1) / math.sqrt(len(loss))
         assert abs(loss.mean() - rate) < 4 * standard_error + 1e-12
 
 
 def test_a_pool_is_recognised_within_its_document_and_forgotten_at_the_next():
     grammar = DocumentGrammar(lexicon=16, binding=1.0, max_clauses=1, n_sections=1)  # every document: 32 tokens
-    loss, _ = grammar.floor_bounds(grammar.generate(100, 64, np.random.default_rng(0)))
+    loss = grammar.ideal_loss(grammar.generate(100, 64, np.random.default_rng(0))).estimate
     second_word = loss.mean(axis=0)[1::4]
     assert second_word[0] > 1.5 > 0.3 > second_word[7]
     assert second_word[8] > 1.5 > 0.3 > second_word[15]
@@ -179,16 +326,11 @@ def test_text_that_no_lexicon_of_a_bound_pool_allows_is_refused():
         grammar.next_token_probabilities(np.array([[subject, impossible]]))
 
 
-def test_per_document_lexicons_have_bounds_but_no_exact_prediction():
-    grammar = DocumentGrammar(lexicon="per_document")
-    with pytest.raises(ValueError, match="floor_bounds"):
-        grammar.next_token_probabilities(np.array([[0, 30]]))
-
-
-def test_floor_bounds_refuse_rows_that_do_not_begin_a_document():
-    grammar = DocumentGrammar(lexicon="fixed")
+@pytest.mark.parametrize("hierarchical", [True, False])
+def test_rows_that_do_not_begin_a_document_are_refused(hierarchical):
+    grammar = DocumentGrammar(lexicon="fixed", hierarchical=hierarchical)
     sample = grammar.generate(8, 64, np.random.default_rng(0), packed=True)
     with pytest.raises(ValueError, match="packed=False"):
-        grammar.floor_bounds(sample)
+        grammar.ideal_loss(sample)
     first = Sample(sample.tokens[:1], {name: label[:1] for name, label in sample.labels.items()})
-    assert grammar.floor_bounds(first)[0].shape == (1, 64)
+    assert grammar.ideal_loss(first).estimate.shape == (1, 64)
