@@ -7,32 +7,36 @@ the same token order as every other row, with its own exponent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, field_validator
 
-from mechhier.grammars.base import Grammar, Sample, check_tokens, read_only, stable_generator, zipf
+from mechhier.grammars.base import (
+    Grammar,
+    IdealLoss,
+    MakeLabels,
+    Sample,
+    check_tokens,
+    read_only,
+    stable_generator,
+    zipf,
+)
+from mechhier.grammars.sampling import alias_table, compiled, draw
+
+if TYPE_CHECKING:
+    from mechhier.grammars.corpus import Corpus
+    from mechhier.grammars.fitted_ngram import FittedNGram
 
 _TOKEN, _EOS = range(2)
-_HASH_BASE = 6364136223846793005  # the multiplier of Knuth's MMIX generator: odd, with well spread bits
+_BASE = np.uint64(6364136223846793005)  # the multiplier of Knuth's MMIX generator: odd, with well spread bits
+_INVERSE_BASE = np.uint64(pow(int(_BASE), -1, 2**64))
+_SCANNED = 8  # entries of a cumulative law that are tried one by one: a cache line
 _UNIGRAM_TOKENS = 2**19
 
 Size = Annotated[int, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Documents as columns, EOS left out: what was drawn at every position, and the hashes of the prefixes."""
-
-    tokens: Int[np.ndarray, "position document"]
-    order: Int[np.ndarray, "position document"]
-    row: Int[np.ndarray, "position document"]
-    prefix: UInt64[np.ndarray, "prefix document"]
 
 
 class NGram(Grammar):
@@ -73,6 +77,21 @@ class NGram(Grammar):
     def paper(cls) -> NGram:
         """Return the language with the constants of the paper's released generator."""
         return cls(n_tokens=1000, context=512)
+
+    @staticmethod
+    def fit(corpus: Corpus, order: int) -> FittedNGram:
+        """Return the n-gram model of a corpus: text of the same local statistics, without what lies beyond them.
+
+        Args:
+            corpus: Text of any language of the package.
+            order: Tokens of the n-grams that are counted; the next token depends on the ``order - 1`` before it.
+
+        Raises:
+            ValueError: ``order`` is below 1, longer than a row, or too large for the vocabulary.
+        """
+        from mechhier.grammars.fitted_ngram import FittedNGram  # late: it imports this module
+
+        return FittedNGram.fit(corpus, order)
 
     @field_validator("orders")
     @classmethod
@@ -134,105 +153,43 @@ class NGram(Grammar):
         averaged over the positions of 2^19 tokens of generated documents (a fixed stream of the language), so that
         every entry is positive. The entry of ``<eos>`` is exact.
         """
-        rng = stable_generator("unigram", self.language_seed)
-        mean_length = self.min_length + self.max_extra / 2
-        lengths = self._draw_lengths(int(_UNIGRAM_TOKENS / (mean_length + 1)) + 1, rng)
-        text = self._write(lengths, rng)
-        position, document = np.nonzero(np.arange(self.max_document_length)[:, None] < lengths)
+        tokens, _ = self._generate(1, _UNIGRAM_TOKENS, stable_generator("unigram", self.language_seed))
+        is_word = tokens != self.eos_token_id
         use = np.zeros(self.n_rows)
-        for order, probability in zip(self.orders, self.order_probabilities, strict=True):
-            rows = self._rows_of_histories(text.prefix, position, np.minimum(order, position), document)
-            use += probability * np.bincount(rows, minlength=self.n_rows)
-        p_eos = 1 / (mean_length + 1)
+        for probability, rows in zip(self.order_probabilities, self._selected_rows(tokens), strict=True):
+            use += probability * np.bincount(rows[is_word], minlength=self.n_rows)
+        p_eos = 1 / (self.min_length + self.max_extra / 2 + 1)
         return read_only(np.append((1 - p_eos) * (use / use.sum()) @ self.rows, p_eos))
 
     @cached_property
-    def _cumulative_rows(self) -> Float[np.ndarray, " entry"]:
-        """The rows' cumulative laws end to end, row r shifted by r: one sorted array to search."""
+    def _cumulative_rows(self) -> Float[np.ndarray, "row token"]:
         cumulative = np.cumsum(self.rows, axis=1)
-        cumulative[:, -1] = 1.0
-        return read_only((cumulative + np.arange(self.n_rows)[:, None]).ravel())
+        return read_only(cumulative / cumulative[:, -1:])
 
     @cached_property
     def _salt(self) -> np.uint64:
         """What makes the hash another one for another language seed."""
         return stable_generator("hash", self.language_seed).integers(0, 2**64, dtype=np.uint64)
 
-    def _rows_of_histories(
-        self,
-        prefix: UInt64[np.ndarray, "prefix column"],
-        t: Int[np.ndarray, ...] | int,
-        length: Int[np.ndarray, ...],
-        column: Int[np.ndarray, ...],
-    ) -> Int[np.ndarray, ...]:
-        """Return the table row of the ``length`` tokens before position ``t`` of each column; the three broadcast.
-
-        ``prefix[t]`` is the sum of (token + 1) B^i over the positions i < t, modulo 2^64. The difference of two, times
-        a power of 1/B, is a polynomial hash of the tokens between, wherever they stand. Then the finalizer of
-        splitmix64 (Steele, Lea & Flood 2014), and a remainder.
-        """
-        start = t - length
-        shift = _powers(pow(_HASH_BASE, -1, 2**64), len(prefix))
-        x = ((prefix[t, column] - prefix[start, column]) * shift[start]) ^ self._salt
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((x ^ (x >> np.uint64(31))) % np.uint64(self.n_rows)).astype(np.int64)
-
     # -- text --------------------------------------------------------------------------------------------------------
 
-    def _draw_lengths(self, size: int | tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """Draw numbers of tokens of documents, ``<eos>`` not counted."""
-        return rng.integers(self.min_length, self.min_length + self.max_extra + 1, size)
+    def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> tuple[np.ndarray, MakeLabels]:
+        tokens, order, row = np.empty((3, n_rows, context), dtype=np.int32)
+        orders, salt = np.array(self.orders), self._salt
+        law = alias_table(self.order_probabilities)
+        _write(rng, self.min_length, self.max_extra, orders, *law, self._cumulative_rows, salt, tokens, order, row)
 
-    def _write(self, lengths: Int[np.ndarray, " document"], rng: np.random.Generator) -> _Text:
-        """Draw the tokens of documents of given lengths, position by position for all documents at once."""
-        longest, n = self.max_document_length, len(lengths)
-        falling = np.argsort(-lengths, kind="stable")  # the documents still being written are then the first columns
-        writing = np.searchsorted(-lengths[falling], -np.arange(longest), side="left")
-        powers = _powers(_HASH_BASE, longest)
-        cumulative_orders = np.cumsum(self.order_probabilities)
-        cumulative_orders[-1] = 1.0
-        orders = np.array(self.orders)
+        def make_labels(trees: bool) -> dict[str, np.ndarray]:
+            document, position = places_in_documents(tokens == self.eos_token_id)
+            return {
+                "category": self.token_categories[tokens],
+                "order": order.astype(np.int64),
+                "row": row.astype(np.int64),
+                "document": document,
+                "position": position,
+            }
 
-        tokens = np.full((longest, n), self.eos_token_id)
-        order, row = np.full((longest, n), -1), np.full((longest, n), -1)
-        prefix = np.zeros((longest + 1, n), dtype=np.uint64)
-        for t, m in enumerate(writing):
-            if m == 0:
-                break
-            drawn = orders[np.searchsorted(cumulative_orders, rng.random(m), side="right")]
-            chosen = self._rows_of_histories(prefix, t, np.minimum(drawn, t), np.arange(m))
-            place = np.searchsorted(self._cumulative_rows, chosen + rng.random(m), side="right")
-            token = np.minimum(place - chosen * (self.n_tokens - 1), self.n_tokens - 2)
-            tokens[t, :m], order[t, :m], row[t, :m] = token, drawn, chosen
-            prefix[t + 1, :m] = prefix[t, :m] + (token + 1).astype(np.uint64) * powers[t]
-        back = np.argsort(falling)
-        return _Text(tokens[:, back], order[:, back], row[:, back], prefix[:, back])
-
-    def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> Sample:
-        # Documents: as many as fit into a row if every one has the least length; the rest is not used.
-        most = -(-context // (self.min_length + 1))
-        length = self._draw_lengths((n_rows, most), rng)
-        start = np.cumsum(length + 1, axis=1) - (length + 1)
-        used = start < context
-        shown = np.minimum(length + 1, context - start)[used]
-        text = self._write(np.minimum(length[used], shown), rng)
-
-        column = np.repeat(np.arange(len(shown)), shown)
-        position = np.arange(n_rows * context) - np.repeat(np.cumsum(shown) - shown, shown)
-
-        def rows(flat: np.ndarray) -> np.ndarray:
-            return flat.reshape(n_rows, context)
-
-        tokens = rows(text.tokens[position, column])
-        labels = {
-            "category": self.token_categories[tokens],
-            "order": rows(text.order[position, column]),
-            "row": rows(text.row[position, column]),
-            "document": rows(np.repeat(np.nonzero(used)[1], shown)),
-            "position": rows(position),
-        }
-        return Sample(tokens, labels)
+        return tokens, make_labels
 
     # -- prediction --------------------------------------------------------------------------------------------------
 
@@ -253,23 +210,18 @@ class NGram(Grammar):
         """
         tokens, position = self._parse(tokens)
         result = np.zeros((*tokens.shape, self.n_tokens))
-        for probability, rows in self._rows_by_order(tokens, position):
+        for probability, rows in zip(self.order_probabilities, self._selected_rows(tokens), strict=True):
             result[:, :, :-1] += probability * self.rows[rows]
         p_eos = self._p_eos(position)
         result[:, :, :-1] *= (1 - p_eos)[:, :, None]
         result[:, :, -1] = p_eos
         return result
 
-    def floor_bounds(
-        self, sample: Sample
-    ) -> tuple[Float[np.ndarray, "row position"], Float[np.ndarray, "row position"]]:
-        """Return the loss of the exact predictor on every token, in nats, as both bounds.
+    def ideal_loss(self, sample: Sample) -> IdealLoss:
+        """Return the loss of the exact predictor on every token, in nats.
 
         Args:
             sample: Tokens and labels as :meth:`generate` returns them with ``packed=False``; ``[rows, positions]``.
-
-        Returns:
-            ``(loss, loss)``, each ``[rows, positions]``.
 
         Raises:
             ValueError: A row does not begin a document, or is not text of this language.
@@ -280,11 +232,11 @@ class NGram(Grammar):
         is_eos = tokens == self.eos_token_id
         word = np.where(is_eos, 0, tokens)
         probability = np.zeros(tokens.shape)
-        for p_order, rows in self._rows_by_order(tokens, position):
+        for p_order, rows in zip(self.order_probabilities, self._selected_rows(tokens), strict=True):
             probability += p_order * self.rows[rows, word]
         p_eos = self._p_eos(position)
         loss = -np.log(np.where(is_eos, p_eos, (1 - p_eos) * probability))
-        return loss, loss
+        return IdealLoss.exact(loss, "exact: mixture over the orders, hazard of the document's length")
 
     def _parse(
         self, tokens: Int[np.ndarray, "row position"]
@@ -292,10 +244,7 @@ class NGram(Grammar):
         """Return the tokens and their positions in their documents; raise ValueError at an impossible length."""
         tokens = check_tokens(tokens, self.vocab_size)
         is_eos = tokens == self.eos_token_id
-        index = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-        start = np.zeros_like(tokens)
-        start[:, 1:] = np.where(is_eos[:, :-1], index[:, 1:], 0)
-        position = index - np.maximum.accumulate(start, axis=1)
+        _, position = places_in_documents(is_eos)
         p_eos = self._p_eos(position)
         wrong = np.where(is_eos, p_eos == 0, p_eos == 1)
         if wrong.any():
@@ -312,20 +261,124 @@ class NGram(Grammar):
         left = np.maximum(self.min_length + self.max_extra + 1 - position, 1)
         return np.where(position < self.min_length, 0.0, 1 / left)
 
-    def _rows_by_order(
-        self, tokens: Int[np.ndarray, "row position"], position: Int[np.ndarray, "row position"]
-    ) -> Iterator[tuple[float, Int[np.ndarray, "row position"]]]:
-        """Yield, for every order, its probability and the table row it selects before every token."""
-        n_rows, n_positions = tokens.shape
-        prefix = np.zeros((n_positions + 1, n_rows), dtype=np.uint64)
-        np.cumsum((tokens.T + 1).astype(np.uint64) * _powers(_HASH_BASE, n_positions)[:, None], axis=0, out=prefix[1:])
-        t, column = np.arange(n_positions)[None], np.arange(n_rows)[:, None]
-        for order, probability in zip(self.orders, self.order_probabilities, strict=True):
-            yield float(probability), self._rows_of_histories(prefix, t, np.minimum(order, position), column)
+    def _selected_rows(self, tokens: Int[np.ndarray, "row position"]) -> Int[np.ndarray, "order row position"]:
+        """Return the table row that every order selects before every token."""
+        selected = np.empty((len(self.orders), *tokens.shape), dtype=np.int32)
+        _select_rows(tokens, self.eos_token_id, np.array(self.orders), self.n_rows, self._salt, selected)
+        return selected
 
 
-def _powers(base: int, n: int) -> UInt64[np.ndarray, " n"]:
-    """Return base**0 .. base**(n - 1) modulo 2^64."""
+def places_in_documents(
+    is_eos: Bool[np.ndarray, "row position"],
+) -> tuple[Int[np.ndarray, "row position"], Int[np.ndarray, "row position"]]:
+    """Return, for every token, the ``<eos>`` before it in its row, and the tokens between the last of them and it."""
+    document = np.cumsum(is_eos, axis=1) - is_eos
+    index = np.broadcast_to(np.arange(is_eos.shape[1]), is_eos.shape)
+    start = np.zeros_like(index)
+    start[:, 1:] = np.where(is_eos[:, :-1], index[:, 1:], 0)
+    return document, index - np.maximum.accumulate(start, axis=1)
+
+
+@compiled
+def _row_of_history(
+    prefix: np.ndarray, inverse_power: np.ndarray, t: int, length: int, n_rows: int, salt: np.uint64
+) -> int:
+    """Return the table row of the ``length`` tokens before position ``t`` of a document.
+
+    ``prefix[t]`` is the sum of (token + 1) B^i over the positions i < t, modulo 2^64. The difference of two, times a
+    power of 1/B, is a polynomial hash of the tokens between, wherever they stand. Then the finalizer of splitmix64
+    (Steele, Lea & Flood 2014), and a remainder.
+    """
+    start = t - length
+    x = ((prefix[t] - prefix[start]) * inverse_power[start]) ^ salt
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((x ^ (x >> np.uint64(31))) % np.uint64(n_rows))
+
+
+@compiled
+def _inverse_powers(n: int) -> np.ndarray:
+    """Return 1, 1/B .. B^-(n - 1) modulo 2^64."""
     powers = np.ones(n, dtype=np.uint64)
-    powers[1:] = np.cumprod(np.full(max(n - 1, 0), base, dtype=np.uint64))
+    for i in range(1, n):
+        powers[i] = powers[i - 1] * _INVERSE_BASE
     return powers
+
+
+@compiled
+def _select_rows(
+    tokens: np.ndarray, eos: int, orders: np.ndarray, n_table_rows: int, salt: np.uint64, selected: np.ndarray
+) -> None:
+    """Find the table row that every order selects before every token of rows that begin a document."""
+    n_rows, n_positions = tokens.shape
+    prefix, inverse_power = np.zeros(n_positions + 1, dtype=np.uint64), _inverse_powers(n_positions + 1)
+    for row in range(n_rows):
+        t, power = 0, np.uint64(1)
+        for position in range(n_positions):
+            for i in range(len(orders)):
+                length = min(orders[i], t)
+                selected[i, row, position] = _row_of_history(prefix, inverse_power, t, length, n_table_rows, salt)
+            token = tokens[row, position]
+            if token == eos:
+                t, power = 0, np.uint64(1)
+            else:
+                prefix[t + 1] = prefix[t] + np.uint64(token + 1) * power
+                power *= _BASE
+                t += 1
+
+
+@compiled
+def _draw_heavy_first(rng: np.random.Generator, cumulative: np.ndarray) -> int:
+    """Draw a value from a cumulative law: the first values one by one, the others by bisection.
+
+    In a table of laws too large for the cache, where the first values are the likely ones, this is faster than a
+    constant number of look-ups at random places.
+    """
+    u = rng.random()
+    for i in range(min(_SCANNED, len(cumulative))):
+        if u < cumulative[i]:
+            return i
+    low, high = _SCANNED, len(cumulative) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if u < cumulative[middle]:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@compiled
+def _write(
+    rng: np.random.Generator,
+    min_length: int,
+    max_extra: int,
+    orders: np.ndarray,
+    order_threshold: np.ndarray,
+    order_alias: np.ndarray,
+    cumulative_rows: np.ndarray,
+    salt: np.uint64,
+    tokens: np.ndarray,
+    order: np.ndarray,
+    row: np.ndarray,
+) -> None:
+    """Draw rows that begin a document: every token, its order, and its row of the table (-1 for ``<eos>``)."""
+    n_rows, context = tokens.shape
+    n_table_rows, eos = cumulative_rows.shape
+    longest = min(min_length + max_extra, context)
+    prefix, inverse_power = np.zeros(longest + 1, dtype=np.uint64), _inverse_powers(longest + 1)
+    for i in range(n_rows):
+        left, t, power = min_length + int(rng.random() * (max_extra + 1)), 0, np.uint64(1)
+        for position in range(context):
+            if left == 0:
+                tokens[i, position], order[i, position], row[i, position] = eos, -1, -1
+                left, t, power = min_length + int(rng.random() * (max_extra + 1)), 0, np.uint64(1)
+                continue
+            drawn = orders[draw(rng, order_threshold, order_alias)]
+            selected = _row_of_history(prefix, inverse_power, t, min(drawn, t), n_table_rows, salt)
+            token = _draw_heavy_first(rng, cumulative_rows[selected])
+            tokens[i, position], order[i, position], row[i, position] = token, drawn, selected
+            prefix[t + 1] = prefix[t] + np.uint64(token + 1) * power
+            power *= _BASE
+            t += 1
+            left -= 1

@@ -12,6 +12,8 @@ from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from mechhier.grammars.corpus import Corpus
+from mechhier.grammars.document import DocumentGrammar
+from mechhier.grammars.matched import matched_arms
 from mechhier.grammars.storage import CorpusError
 from mechhier.grammars.trees import Tree
 
@@ -20,6 +22,7 @@ _SENTENCE_TOKENS = 20
 _N_FREQUENT = 12
 _TREE_TOKENS = 30
 _FLOOR_ROWS = 64
+_ARM_ROWS = 16
 _COMPARED_TOKENS = 2_000_000
 
 
@@ -45,6 +48,9 @@ def preview(corpus: Corpus) -> Iterator[RenderableType]:
     yield _frequencies(corpus, tokens)
     yield _heading("loss of the ideal predictor (nats per token)")
     yield _floors(corpus)
+    if isinstance(grammar, DocumentGrammar):
+        yield _heading(f"the matched arms (nats per token; ideal loss on {_ARM_ROWS} rows)")
+        yield _arms(grammar)
     yield _heading("what the splits share")
     yield Text(_shared(corpus))
 
@@ -123,6 +129,18 @@ def _floors(corpus: Corpus) -> RenderableType:
         mean, low, high = (float(floor[f"{name}_mean{end}"]) for end in ("", "_low", "_high"))
         table.add_row(words, f"{mean:.4f}", f"[{low:.4f}, {high:.4f}]")
     table.add_row("method", Text(floor.attrs["method"]))
+    return table
+
+
+def _arms(grammar: DocumentGrammar) -> Table:
+    table = Table(box=None, pad_edge=True)
+    for column in ("structure", "lexicon", "entropy rate", "ideal loss", "95 %"):
+        table.add_column(column)
+    for (structure, lexicon), arm in matched_arms(grammar, n_rows=_ARM_ROWS).iterrows():  # type: ignore[misc]
+        low, high = arm["entropy_rate_lower"], arm["entropy_rate_upper"]
+        rate = f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"
+        interval = f"[{arm['floor_low']:.3f}, {arm['floor_high']:.3f}]"
+        table.add_row(structure, lexicon, rate, f"{arm['floor']:.4f}", interval)
     return table
 
 

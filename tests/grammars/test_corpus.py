@@ -71,9 +71,19 @@ def test_blocks_seeds_splits_and_grammars_are_different_streams(corpus):
 def test_the_text_of_a_seed_is_pinned():
     """A change of these tokens makes every stored corpus and every result irreproducible: raise the version then."""
     documents = DocumentGrammar(n_words=3, n_connectors=2, lexicon=2)
-    ngrams = NGram(n_tokens=9, row_exponent_mean=0.5, row_exponent_min=0.0)
-    assert documents.corpus(16, context=16).rows(0, 1).tolist() == [[1, 5, 7, 10, 0, 5, 7, 11, 5, 0, 6, 11, 0, 4, 7, 9]]
-    assert ngrams.corpus(16, context=16).rows(0, 1).tolist() == [[5, 2, 5, 0, 0, 0, 4, 1, 5, 6, 8, 1, 0, 0, 0, 0]]
+    flat = documents.model_copy(update={"hierarchical": False, "lexicon": "per_document"})
+    pinned = [
+        (documents, "0 3 8 9 0 3 8 9 1 5 8 11 2 3 6 10"),
+        (flat, "3 6 9 0 3 1 5 7 11 3 2 5 1 3 8 11"),
+        (NGram(n_tokens=9, row_exponent_mean=0.5, row_exponent_min=0.0), "2 0 2 2 5 6 5 0 7 6 3 8 2 6 0 6"),
+        (NGram.fit(documents.corpus(1000, context=16), 2), "3 6 11 0 8 11 0 8 11 1 3 8 11 0 3 2"),
+        (cfg3(n_levels=2), "1 0 1 0 2 3 2 0 1 0 1 2 0 3 2 0"),
+        (random_hierarchy(n_levels=2), "4 4 3 3 8 5 0 4 4 8 5 6 6 4 8 6"),
+    ]
+    for grammar, expected in pinned:
+        assert " ".join(map(str, grammar.corpus(16, context=16)[0])) == expected
+    dealt = dyck(lengths=(2, 6)).corpus(16, context=16, disjoint=True)
+    assert " ".join(map(str, dealt[0])) == "2 3 4 0 1 4 2 3 4 0 1 2 3 4 0 1"
 
 
 def test_held_out_text_has_the_layout_of_the_corpus_and_another_split(corpus):

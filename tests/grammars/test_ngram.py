@@ -102,8 +102,10 @@ def test_next_token_probabilities_and_losses_equal_the_definition_across_documen
             history = [] if token == grammar.eos_token_id else [*history, int(token)]
     np.testing.assert_allclose(grammar.next_token_probabilities(sample.tokens), expected, atol=1e-14)
     observed = np.take_along_axis(expected, sample.tokens[:, :, None], axis=2)[:, :, 0]
-    for bound in grammar.floor_bounds(sample):
-        np.testing.assert_allclose(bound, -np.log(observed), atol=1e-12)
+    ideal = grammar.ideal_loss(sample)
+    for loss in (ideal.estimate, ideal.lower, ideal.upper):
+        np.testing.assert_allclose(loss, -np.log(observed), atol=1e-12)
+    assert not ideal.error.any()
 
 
 def test_probabilities_of_all_documents_of_a_tiny_language_sum_to_one():
@@ -116,8 +118,10 @@ def test_probabilities_of_all_documents_of_a_tiny_language_sum_to_one():
     assert total == pytest.approx(1, abs=1e-12)
 
 
-def test_text_is_drawn_with_the_predicted_probabilities():
-    grammar = NGram(n_tokens=7, n_rows=20, orders=(1, 2, 8), row_exponent_std=2.0, min_length=4, max_extra=10)
+@pytest.mark.parametrize("n_tokens", [7, 8, 9, 10, 30])
+def test_text_is_drawn_with_the_predicted_probabilities(n_tokens):
+    exponents = {"row_exponent_mean": 0.8, "row_exponent_std": 0.5, "row_exponent_min": 0.0}
+    grammar = NGram(n_tokens=n_tokens, n_rows=20, orders=(1, 2, 8), min_length=4, max_extra=10, **exponents)
     tokens = grammar.generate(400, 64, np.random.default_rng(1)).tokens
     p = grammar.next_token_probabilities(tokens)
     drawn = tokens[:, :, None] == np.arange(grammar.vocab_size)
@@ -150,6 +154,11 @@ def test_rows_are_zipf_laws_over_one_token_order():
     at_least = (np.abs(exponents - 1.2) < 1e-9).mean()
     assert at_least == pytest.approx(0.2525, abs=4 * math.sqrt(0.2525 * 0.7475 / 4000))  # Phi((1.2 - 2) / 1.2)
     assert np.median(exponents) == pytest.approx(2.0, abs=0.1)
+
+
+def test_documents_without_end_cost_the_memory_of_their_rows():
+    sample = NGram(min_length=10**12, max_extra=10**12).generate(2, 50, np.random.default_rng(0))
+    assert not np.any(sample.tokens == 100)
 
 
 def test_the_empty_history_selects_one_row_for_all_documents():
@@ -190,13 +199,13 @@ def test_impossible_document_lengths_are_refused_with_their_place():
         grammar.next_token_probabilities(np.array([[0, 2, 0, 0]]))
     too_long = Sample(np.array([[0, 0, 0, 1]]), {"position": np.arange(4)[None]})
     with pytest.raises(ValueError, match=r"position 3: .* after 3 stands t1"):
-        grammar.floor_bounds(too_long)
+        grammar.ideal_loss(too_long)
 
 
-def test_floor_bounds_refuse_rows_that_do_not_begin_a_document():
+def test_an_ideal_loss_refuses_rows_that_do_not_begin_a_document():
     grammar = NGram()
     with pytest.raises(ValueError, match="packed=False"):
-        grammar.floor_bounds(grammar.generate(4, 64, np.random.default_rng(0), packed=True))
+        grammar.ideal_loss(grammar.generate(4, 64, np.random.default_rng(0), packed=True))
 
 
 @pytest.mark.parametrize(

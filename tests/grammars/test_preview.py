@@ -51,6 +51,13 @@ def test_packed_rows_and_languages_without_trees_are_shown_too(tmp_path, kind):
     assert result.exit_code == 0, result.output
     assert "not defined for packed rows" in result.output
     assert ("the first tree" in result.output) == ("document" in kind)
+    for arm in (
+        "hierarchical  fixed",
+        "hierarchical  per_document",
+        "flat          fixed",
+        "flat          per_document",
+    ):
+        assert (arm in result.output) == ("document" in kind)
 
 
 @pytest.mark.parametrize(
