@@ -1,4 +1,15 @@
-"""Formal languages with known structure, and corpora of their text."""
+"""Formal languages with known structure, and corpora of their text.
+
+Where things are:
+
+- every language: ``base`` (what a grammar can do), ``trees``, ``sampling`` (drawing in compiled loops);
+- documents: ``document``, its ``clauses``, ``document_generator``, ``document_predictor``, ``lexicon_inference`` (fresh
+  lexicons), ``matched`` (the arms side by side);
+- n-grams: ``ngram`` (the paper's), ``fitted_ngram`` (of a corpus);
+- context-free grammars: ``pcfg``, its ``rules``, ``notation``, ``derivation``, ``lengths``, ``inference``, ``parsing``,
+  ``families``;
+- corpora: ``corpus``, ``storage``, ``dealing`` (of documents to splits), ``floor``, ``statistics``, ``preview``.
+"""
 
 from mechhier.grammars.base import Grammar, IdealLoss, Sample
 from mechhier.grammars.corpus import AnyGrammar, Corpus, CorpusSpec

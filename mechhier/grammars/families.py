@@ -32,7 +32,7 @@ def cfg3(
 
     A root, then ``n_levels`` levels of ``n_symbols`` symbols each, the last of which are the tokens. A symbol has a few
     equally likely rules, each a short sequence of symbols of the next level; no two rules of a level are the same
-    sequence, and every symbol is used.
+    sequence. Every symbol is used, unless the rules above it are too few; those without a use are left out.
 
     Args:
         n_levels: Levels below the root; tokens have this depth.
@@ -67,7 +67,9 @@ def cfg3(
     levels += [[f"l{level}_{i}" for i in range(n_symbols)] for level in range(1, n_levels)]
     levels.append([f"t{i}" for i in range(n_symbols)])
     rules: list[Rule] = []
-    for parents, children in pairwise(levels):
+    parents = levels[0]
+    for children in levels[1:]:
+        must_use_all = len(parents) * n_rules[1] * rule_lengths[1] >= n_symbols
         for _ in range(_TRIES):
             drawn = [
                 [
@@ -79,7 +81,8 @@ def cfg3(
                 for _ in parents
             ]
             sequences = [sequence for of_symbol in drawn for sequence in of_symbol]
-            if len(set(sequences)) == len(sequences) and len({i for s in sequences for i in s}) == n_symbols:
+            used = sorted({i for sequence in sequences for i in sequence})
+            if len(set(sequences)) == len(sequences) and (len(used) == n_symbols or not must_use_all):
                 break
         else:
             raise ValueError(
@@ -88,7 +91,8 @@ def cfg3(
             )
         for parent, of_symbol in zip(parents, drawn, strict=True):
             rules += [Rule(parent, tuple(children[i] for i in sequence), 1 / len(of_symbol)) for sequence in of_symbol]
-    return PCFG(start="S", terminals=tuple(levels[-1]), rules=tuple(rules), **fields)
+        parents = [children[i] for i in used]
+    return PCFG(start="S", terminals=tuple(parents), rules=tuple(rules), **fields)
 
 
 def random_hierarchy(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from scipy.sparse.csgraph import connected_components
 
 EOS = "<eos>"
+_UNKNOWN = "<unk>"  # what a tokenizer makes of other words
 
 _SUM_TOLERANCE = 1e-6  # probabilities written with seven digits pass
 _MARGIN = 1e-9  # of the spectral radius, for rounding
@@ -66,8 +67,10 @@ def _check_symbols(start: str, terminals: Sequence[str], rules: Sequence[Rule]) 
         twice = next(t for i, t in enumerate(terminals) if t in terminals[:i])
         raise ValueError(f"the terminal {twice!r} is listed twice")
     for terminal in terminals:
-        if terminal == EOS or not terminal:
-            raise ValueError(f"{terminal!r} cannot be a terminal: it would be confused with the end of a string")
+        if terminal in ("", EOS, _UNKNOWN):
+            raise ValueError(f"{terminal!r} cannot be a terminal: it is the end of a string, or no word at all")
+        if any(character.isspace() for character in terminal):
+            raise ValueError(f"{terminal!r} cannot be a terminal: text is written with spaces between tokens")
     defined = {rule.lhs for rule in rules}
     if both := sorted(defined.intersection(terminals)):
         raise ValueError(f"{both[0]!r} is a terminal and has rules; it must be one or the other")

@@ -322,3 +322,23 @@ def test_shared_arrays_cannot_be_written_to():
     grammar = DocumentGrammar(lexicon=2)
     with pytest.raises(ValueError, match="read-only"):
         grammar.lexicons[0, 0, 0] = 1
+
+
+def test_trees_of_documents_have_the_constituents_that_labels_and_tokens_say():
+    grammar = DocumentGrammar(n_words=4, n_connectors=2, n_sections=2, n_paragraphs=2, n_sentences=1)
+    sample = grammar.generate(5, 120, np.random.default_rng(0), trees=True)
+    for row in range(5):
+        trees = grammar.trees(sample, row)
+        assert [t for tree in trees for t in tree.tokens] == [grammar.vocabulary[t] for t in sample.tokens[row]]
+        for tree in trees[:-1]:
+            assert (tree.symbol, len(tree.children)) == ("document", 2)
+            for paragraph in (p for section in tree.children for p in section.children):
+                assert [sentence.symbol for sentence in paragraph.children] == ["sentence"]
+                *clauses, end = paragraph.children[0].children
+                assert str(end) == "(eos <eos>)"
+                assert [c.symbol for c in clauses] == (["clause", "connector"] * 3)[: len(clauses)]
+                orders = {tuple(word.symbol for word in c.children) for c in clauses if c.symbol == "clause"}
+                assert orders in ({("subject", "verb", "object")}, {("verb", "subject", "object")})
+    flat = grammar.model_copy(update={"hierarchical": False})
+    tree = flat.trees(flat.generate(1, 60, np.random.default_rng(0), trees=True), 0)[0]
+    assert {child.symbol for child in tree.children} <= set(flat.categories)

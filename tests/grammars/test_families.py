@@ -32,6 +32,14 @@ def test_cfg3_without_distinct_children_repeats_symbols_and_with_them_never():
     assert any(len(set(rule.rhs)) < len(rule.rhs) for rule in cfg3(distinct_children=False).rules)
 
 
+def test_cfg3_leaves_out_symbols_that_too_few_rules_can_reach():
+    grammar = cfg3(n_levels=3, n_symbols=8, seed=0)
+    of_root = {x for rule in grammar.rules if rule.lhs == "S" for x in rule.rhs}
+    assert len(of_root) < 8
+    assert {x for x in grammar.nonterminals if x.startswith("l1_")} == of_root
+    assert len(grammar.terminals) == 8
+
+
 def test_a_seed_is_a_language():
     assert cfg3(seed=1) == cfg3(seed=1)
     assert cfg3(seed=1) != cfg3(seed=2)

@@ -55,7 +55,7 @@ def test_nltks_notation_is_read_as_nltk_reads_it():
 
 
 def test_what_is_written_is_read_by_nltk_and_by_us():
-    grammar = PCFG(start="S", terminals=("it's", "a b", "|"), rules=[("S", ("it's", "a b", "|"), 1.0)])
+    grammar = PCFG(start="S", terminals=("it's", "->", "|"), rules=[("S", ("it's", "->", "|"), 1.0)])
     assert PCFG.from_string(grammar.to_string()) == grammar
     written = PCFG.from_string(ENGLISH).to_string()
     read = nltk.PCFG.fromstring(written.split("\n", 1)[1])
@@ -109,9 +109,13 @@ def test_what_is_not_a_grammar_is_refused_and_the_rule_named(rules, message):
         PCFG(start="S", terminals=("a",), rules=rules)
 
 
-def test_the_end_of_a_string_cannot_be_a_terminal():
-    with pytest.raises(ValidationError, match="end of a string"):
-        PCFG(start="S", terminals=("<eos>",), rules=[("S", ("<eos>",), 1.0)])
+@pytest.mark.parametrize(
+    ("terminal", "message"),
+    [("<eos>", "end of a string"), ("<unk>", "no word"), ("", "no word"), ("a b", "spaces between")],
+)
+def test_what_text_could_not_show_cannot_be_a_terminal(terminal, message):
+    with pytest.raises(ValidationError, match=message):
+        PCFG(start="S", terminals=(terminal,), rules=[("S", (terminal,), 1.0)])
 
 
 def test_a_table_of_another_form_is_refused():

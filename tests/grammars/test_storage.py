@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from random_grammars import pcfgs
 
 from mechhier.grammars import Corpus, CorpusError, DocumentGrammar, storage
 
@@ -52,6 +56,16 @@ def test_a_folder_holds_the_blocks_and_a_manifest_that_describes_them(saved):
 def test_the_bytes_do_not_depend_on_the_number_of_workers(saved, tmp_path):
     CORPUS.save(tmp_path / "two", workers=2)
     assert contents(tmp_path / "two") == contents(saved)
+
+
+@given(pcfgs())
+@settings(deadline=None, max_examples=5)
+def test_the_bytes_of_any_grammar_do_not_depend_on_the_number_of_workers(grammar):
+    corpus = grammar.corpus(tokens=3 * 2**17, context=64)
+    with TemporaryDirectory() as folder:
+        corpus.save(Path(folder) / "one")
+        corpus.save(Path(folder) / "three", workers=3)
+        assert contents(Path(folder) / "one") == contents(Path(folder) / "three")
 
 
 @pytest.mark.parametrize(
