@@ -45,7 +45,11 @@ def derivations(grammar, symbol=None):
         if lhs == symbol:
             parts = [(probability, (), ())]
             for child in rhs:
-                parts = [(p * q, s + t, (*trees, tree)) for p, s, trees in parts for q, t, tree in derivations(grammar, child)]
+                parts = [
+                    (p * q, s + t, (*trees, tree))
+                    for p, s, trees in parts
+                    for q, t, tree in derivations(grammar, child)
+                ]
             yield from ((p, s, (symbol, *trees)) for p, s, trees in parts)
 
 

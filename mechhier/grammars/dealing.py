@@ -50,12 +50,14 @@ def dealt_rows(
 
     def make_labels_of_rows(trees: bool) -> dict[str, np.ndarray]:
         parts = []
-        for number, (tokens, make_labels) in enumerate(streams):
+        used = {"document": 0, "nodes": 0}  # numbers that begin at 0 in every stream
+        for tokens, make_labels in streams:
             labels = {
                 name: label.reshape(len(tokens), 1, *label.shape[2:]) for name, label in make_labels(trees).items()
             }
-            for name in {"document", "nodes"} & set(labels):  # they are numbered from 0 in every stream
-                labels[name] = np.where(labels[name] >= 0, labels[name] + number * n_drawn, -1)
+            for name in used.keys() & labels.keys():
+                labels[name] = np.where(labels[name] >= 0, labels[name] + used[name], -1)
+                used[name] = int(labels[name].max()) + 1
             parts.append(Sample(tokens, labels))
         labels = {name: label[:, 0][places] for name, label in Sample.joined(parts).labels.items()}
         begins = np.diff(labels["document"], axis=1, prepend=labels["document"][:, :1]) != 0

@@ -198,7 +198,7 @@ def ancestors(
     """Read the derivations of rows again, for every token's ancestors ``[row, position, depth]``, -1 as padding."""
     n_nonterminals = len(rules.first) - 1
     n_rows = len(ends)
-    result = np.full((n_rows, context, max_depth), -1, dtype=np.int64)
+    result = np.full((n_rows, context, max_depth), -1, dtype=np.int32)
     path = np.empty(64, dtype=np.int64)
     stack = np.empty(64, dtype=np.int64)
     level = np.empty(64, dtype=np.int64)

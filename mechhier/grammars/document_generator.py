@@ -93,7 +93,7 @@ def _constituents(labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if "clause" not in labels:
         levels = levels[:1]  # a flat document consists of words alone
     n_levels = len(levels)
-    ancestors = np.full((*category.shape, n_levels + 1), -1)
+    ancestors = np.full((*category.shape, n_levels + 1), -1, dtype=np.int32)
     ancestors[:, :, :n_levels] = np.arange(n_levels)
     ancestors[:, :, n_levels] = n_levels + category
     if n_levels > 1:  # a connector or <eos> belongs to the sentence

@@ -96,10 +96,12 @@ def save_blocks(
         for _ in _write_blocks(folder, make_block, missing, workers):
             advance(1)
 
+    with ThreadPoolExecutor(workers) as pool:
+        hashes = list(pool.map(_hash_of_file, paths))
     manifest = Manifest(
         corpus=description,
         dtype=dtype,
-        blocks=[BlockEntry(file=p.name, bytes=p.stat().st_size, sha256=_hash_of_file(p)) for p in paths],
+        blocks=[BlockEntry(file=p.name, bytes=p.stat().st_size, sha256=h) for p, h in zip(paths, hashes, strict=True)],
         versions={
             "mechhier": metadata.version("mechhier"),
             "numba": metadata.version("numba"),

@@ -84,7 +84,7 @@ def node_numbers(
     level = np.arange(ancestors.shape[2])
     present = ancestors >= 0
     new = present & (level >= shared[:, :, None])
-    count = np.cumsum(new.reshape(len(new), -1), axis=1).reshape(new.shape) - 1
-    number = np.where(new, count, -1)
+    count = np.cumsum(new.reshape(len(new), -1), axis=1, dtype=np.int32).reshape(new.shape) - 1
+    number = np.where(new, count, np.int32(-1))
     # A constituent that goes on has the number it was given at its first token.
-    return np.where(present, np.maximum.accumulate(number, axis=1), -1)
+    return np.where(present, np.maximum.accumulate(number, axis=1), np.int32(-1))

@@ -15,7 +15,17 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mechhier.report import style
-from mechhier.report.panels import BarPanel, Curve, CurvePanel, HeatPanel, Panel, Vector, hover_text
+from mechhier.report.panels import (
+    BarPanel,
+    Curve,
+    CurvePanel,
+    HeatPanel,
+    HistogramPanel,
+    Panel,
+    TreePanel,
+    Vector,
+    hover_text,
+)
 
 PAGE_WIDTH = 960  # pixels the sizes below are laid out for; a figure stretches with its page
 PANEL_HEIGHT = 215
@@ -23,6 +33,10 @@ AXIS_HEIGHT = 52  # tick labels and axis title under a panel
 LINE_HEIGHT = 17  # one line of a panel title or of the legend
 TICK_SPACING = 0.058  # of the page's width: the least distance of two tick labels
 MAX_CELL_LABELS = 80  # more cells than this in a heatmap: no number is written in them
+LEAST_BINS = 9  # for which a histogram has room: a single one is a bar and not the whole panel
+LEVEL_HEIGHT = 27  # one level of a tree
+TREE_WIDTH = PAGE_WIDTH - 64 - 24  # of a tree's panel; what its nodes' places are laid out for
+TREE_TEXT_SIZE = 11
 
 
 @dataclass
@@ -55,17 +69,27 @@ def draw(panels: Sequence[Panel], *, title: str, columns: int, null_label: str =
     Returns:
         A figure as wide as its page, its height fitting its rows.
     """
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    characters = int((PAGE_WIDTH - 64) / columns / 7.6) - 6
-    titles = [style.wrapped(panel.title, characters) for panel in panels]
+    columns = min(columns, sum(not isinstance(panel, TreePanel) for panel in panels) or 1)
+    cells = _cells(panels, columns)
+    heights = [PANEL_HEIGHT] * cells[-1][0]
+    for (row, _), panel in zip(cells, panels, strict=True):
+        if isinstance(panel, TreePanel):
+            heights[row - 1] = LEVEL_HEIGHT * (1 + max(node.level for node in panel.nodes))
+    wide = {row for (row, _), panel in zip(cells, panels, strict=True) if isinstance(panel, TreePanel)}
+    rows = len(heights)
+    titles = [style.wrapped(panel.title, _characters(panel, columns)) for panel in panels]
     title_height = max(t.count("<br>") + 1 for t in titles) * LINE_HEIGHT + 6
     gap = title_height + AXIS_HEIGHT
-    plot_height = rows * PANEL_HEIGHT + (rows - 1) * gap
+    plot_height = sum(heights) + (rows - 1) * gap
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=titles,
+        specs=[
+            [{"colspan": columns}, *[None] * (columns - 1)] if row in wide else [{}] * columns
+            for row in range(1, rows + 1)
+        ],
+        row_heights=heights,
+        subplot_titles=_in_order(titles, cells, columns, wide),
         vertical_spacing=gap / plot_height if rows > 1 else 0.0,
         horizontal_spacing=(118 if any(isinstance(p, HeatPanel) for p in panels) else 74) / PAGE_WIDTH,
     )
@@ -73,11 +97,16 @@ def draw(panels: Sequence[Panel], *, title: str, columns: int, null_label: str =
     legend = _Legend()
     has_null = False
     for index, panel in enumerate(panels):
-        cell = {"row": index // columns + 1, "col": index % columns + 1}
+        cell: dict[str, Any] = {"row": cells[index][0], "col": cells[index][1]}
         bottom = index + columns >= len(panels)
-        if index % columns and isinstance(panel, CurvePanel) and panels[index - 1].y_title == panel.y_title:
+        left = panels[index - 1] if cell["col"] > 1 else None
+        if isinstance(panel, CurvePanel) and isinstance(left, CurvePanel) and left.y_title == panel.y_title:
             panel = replace(panel, y_title="")  # said by its neighbour on the left
-        if isinstance(panel, HeatPanel):
+        if isinstance(panel, TreePanel):
+            _tree(figure, panel, cell)
+        elif isinstance(panel, HistogramPanel):
+            _histogram(figure, panel, cell, legend)
+        elif isinstance(panel, HeatPanel):
             _heat(figure, panel, cell, bottom, columns)
         elif isinstance(panel, BarPanel):
             has_null |= _bars(figure, panel, cell, legend)
@@ -88,8 +117,9 @@ def draw(panels: Sequence[Panel], *, title: str, columns: int, null_label: str =
         figure.add_scatter(
             x=[None], y=[None], mode="lines", line={"color": style.GREY, "width": 1.5, "dash": "dash"}, **entry
         )
-    note = next((panel.scale.note for panel in panels if not isinstance(panel, BarPanel) and panel.scale), "")
-    bottom_height = AXIS_HEIGHT + (LINE_HEIGHT + 8 if note else 4)
+    note = next((p.scale.note for p in panels if isinstance(p, CurvePanel | HeatPanel) and p.scale), "")
+    axis_height = 12 if rows in wide else AXIS_HEIGHT
+    bottom_height = axis_height + (LINE_HEIGHT + 8 if note else 4)
     if note:
         figure.add_annotation(
             x=0,
@@ -98,7 +128,7 @@ def draw(panels: Sequence[Panel], *, title: str, columns: int, null_label: str =
             yref="paper",
             xanchor="left",
             yanchor="top",
-            yshift=-AXIS_HEIGHT,
+            yshift=-axis_height,
             showarrow=False,
             text=note,
             font={"size": 11, "color": style.GREY},
@@ -125,20 +155,50 @@ def draw(panels: Sequence[Panel], *, title: str, columns: int, null_label: str =
     return figure
 
 
+def _cells(panels: Sequence[Panel], columns: int) -> list[tuple[int, int]]:
+    """Return every panel's row and column, from 1; a tree has a row of its own."""
+    cells: list[tuple[int, int]] = []
+    row, column = 1, 0
+    for index, panel in enumerate(panels):
+        if column == columns or (index and isinstance(panel, TreePanel)):
+            row, column = row + 1, 0
+        cells.append((row, column + 1))
+        column = columns if isinstance(panel, TreePanel) else column + 1
+    return cells
+
+
+def _characters(panel: Panel, columns: int) -> int:
+    """Return how many characters of a panel's title fit in a line."""
+    return int((PAGE_WIDTH - 64) / (1 if isinstance(panel, TreePanel) else columns) / 7.6) - 6
+
+
+def _in_order(titles: Sequence[str], cells: Sequence[tuple[int, int]], columns: int, wide: set[int]) -> list[str]:
+    """Return the titles as plotly takes them: one for every cell of the grid, empty ones too."""
+    by_cell = dict(zip(cells, titles, strict=True))
+    rows = max(row for row, _ in cells)
+    return [
+        by_cell.get((row, column), "")
+        for row in range(1, rows + 1)
+        for column in range(1, 2 if row in wide else columns + 1)
+    ]
+
+
 def _curves(
     figure: go.Figure, panel: CurvePanel, cell: dict[str, Any], bottom: bool, columns: int, legend: _Legend
 ) -> bool:
     has_null = False
+    least = _least_positive(panel.curves) if panel.log else -np.inf
     for curve in panel.curves:
         x = curve.x if panel.scale is None else panel.scale.position(curve.x)
         if curve.low is not None and curve.high is not None:
-            figure.add_scatter(**_band(x, curve.low, curve.high), **_band_style(curve), legendgroup=curve.label, **cell)
+            low = np.where(curve.high > least, np.maximum(curve.low, least), np.nan)
+            figure.add_scatter(**_band(x, low, curve.high), **_band_style(curve), legendgroup=curve.label, **cell)
         if curve.null is not None and np.isfinite(curve.null).any():
             has_null = True
             line = {"color": curve.color, "width": 1.5, "dash": "dash"}
             figure.add_scatter(
                 x=x,
-                y=curve.null,
+                y=np.where(curve.null > 0, curve.null, np.nan) if panel.log else curve.null,
                 mode="lines" if len(x) > 1 else "markers",
                 marker={"symbol": "line-ew-open", "size": 14, "color": curve.color},
                 line=line,
@@ -149,10 +209,10 @@ def _curves(
             )
         figure.add_scatter(
             x=x,
-            y=curve.y,
-            mode="lines" if curve.symbol is None else "lines+markers",
+            y=np.where(curve.y > 0, curve.y, np.nan) if panel.log else curve.y,
+            mode="+".join((["lines"] if curve.line else []) + (["markers"] if curve.symbol else [])),
             line={"color": curve.color, "width": 2, "dash": curve.dash},
-            marker={"symbol": curve.symbol or "circle", "size": 6},
+            marker={"symbol": curve.symbol or "circle", "size": 6 if curve.line else 5},
             text=_curve_hover(curve, panel),
             hovertemplate="%{text}<extra></extra>",
             **legend.entry(curve.label),
@@ -176,10 +236,28 @@ def _curves(
     )
     if panel.scale is not None:
         figure.update_xaxes(**panel.scale.axis(title=bottom, spacing=TICK_SPACING * columns), **cell)
+    elif panel.log:
+        figure.update_xaxes(type="log", title={"text": style.text(panel.x_title), "standoff": 6}, **cell)
+        figure.update_xaxes(**_log_ticks([curve.x for curve in panel.curves]), **cell)
+        figure.update_yaxes(type="log", **_log_ticks([curve.y for curve in panel.curves]), **cell)
     else:
         figure.update_xaxes(title={"text": style.text(panel.x_title), "standoff": 6}, tickformat="d", **cell)
         figure.update_xaxes(**_whole_number_ticks([c.x for c in panel.curves]), **cell)
     return has_null
+
+
+def _least_positive(curves: Sequence[Curve]) -> float:
+    """Return half the smallest positive value or null of all curves: where a logarithmic axis can begin."""
+    values = np.concatenate([np.zeros(0), *(v for curve in curves for v in (curve.y, curve.null) if v is not None)])
+    return float(values[values > 0].min(initial=np.inf)) / 2
+
+
+def _log_ticks(values: Sequence[Vector]) -> dict[str, Any]:
+    """Return labels at powers of ten, and at 2 and 5 times them where there are few."""
+    known = np.concatenate([np.zeros(0), *values])
+    known = known[known > 0]
+    decades = math.log10(known.max() / known.min()) if known.size else 1.0
+    return {"dtick": "D2" if decades < 1.5 else math.ceil(decades / 8)}
 
 
 def _whole_number_ticks(positions: Sequence[Vector]) -> dict[str, Any]:
@@ -218,7 +296,8 @@ def _curve_hover(curve: Curve, panel: CurvePanel) -> list[str]:
     where = "step" if panel.scale is not None else panel.x_title
     return [
         hover_text(
-            f"{style.text(curve.label)}<br>{style.text(where)} {curve.x[i]:,g}",
+            (f"{style.text(curve.names[i])}<br>" if curve.names is not None else "")
+            + f"{style.text(curve.label)}<br>{style.text(where)} {curve.x[i]:,g}",
             curve.y[i],
             None if curve.low is None else curve.low[i],
             None if curve.high is None else curve.high[i],
@@ -387,6 +466,77 @@ def _bars(figure: go.Figure, panel: BarPanel, cell: dict[str, Any], legend: _Leg
     figure.update_yaxes(title={"text": style.wrapped(panel.y_title, 26), "standoff": 6}, **cell)
     figure.add_hline(y=0, line={"color": "#999999", "width": 1}, **cell)
     return has_null
+
+
+def _histogram(figure: go.Figure, panel: HistogramPanel, cell: dict[str, Any], legend: _Legend) -> None:
+    centers = (panel.edges[1:] + panel.edges[:-1]) / 2
+    first, last = np.ceil(panel.edges[:-1]).tolist(), np.ceil(panel.edges[1:] - 1).tolist()
+    bins = [f"{a:,g}" if a == b else f"{a:,g} to {b:,g}" for a, b in zip(first, last, strict=True)]
+    where = style.text(panel.x_title)
+    figure.add_bar(
+        x=centers,
+        y=panel.bars.y,
+        width=np.diff(panel.edges),
+        marker={"color": style.translucent(panel.bars.color, 0.55), "line": {"width": 0}},
+        hovertext=[
+            f"{style.text(panel.bars.label)}<br>{where} {b}<br>value {style.number(y)}"
+            for b, y in zip(bins, panel.bars.y.tolist(), strict=True)
+        ],
+        hovertemplate="%{hovertext}<extra></extra>",
+        **legend.entry(panel.bars.label),
+        **cell,
+    )
+    if panel.law is not None:
+        figure.add_scatter(
+            x=centers,
+            y=panel.law.y,
+            mode="lines" if len(centers) > 1 else "markers",
+            line={"color": panel.law.color, "width": 2, "dash": panel.law.dash},
+            marker={"color": panel.law.color, "size": 8},
+            text=[
+                f"{style.text(panel.law.label)}<br>{where} {b}<br>value {style.number(y)}"
+                for b, y in zip(bins, panel.law.y.tolist(), strict=True)
+            ],
+            hovertemplate="%{text}<extra></extra>",
+            **legend.entry(panel.law.label),
+            **cell,
+        )
+    if not (panel.bars.y > 0).any():
+        _say_empty(figure, cell)
+    pad = max(0, LEAST_BINS - len(centers)) / 2 * (panel.edges[1] - panel.edges[0])
+    ends = [panel.edges[0] - pad, panel.edges[-1] + pad]
+    figure.update_xaxes(title={"text": where, "standoff": 6}, range=ends, **cell)
+    figure.update_yaxes(title={"text": style.wrapped(panel.y_title, 26), "standoff": 6}, rangemode="tozero", **cell)
+
+
+def _tree(figure: go.Figure, panel: TreePanel, cell: dict[str, Any]) -> None:
+    depth = max(node.level for node in panel.nodes)
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for node in panel.nodes:
+        if node.parent is not None:
+            above = panel.nodes[node.parent]
+            # Right angles: a slanted line to a distant leaf would cross the labels between.
+            xs += [above.x, above.x, node.x, node.x, None]
+            ys += [above.level + 0.3, above.level + 0.45, above.level + 0.45, node.level - 0.3, None]
+    edges = {"color": "#b0b0b0", "width": 1}
+    figure.add_scatter(x=xs, y=ys, mode="lines", line=edges, hoverinfo="skip", showlegend=False, **cell)
+    for is_leaf, color in ((False, style.BLUE), (True, style.VERMILLION)):
+        nodes = [node for node in panel.nodes if node.is_leaf == is_leaf]
+        figure.add_scatter(
+            x=[node.x for node in nodes],
+            y=[node.level for node in nodes],
+            mode="text",
+            text=[style.text(node.label) for node in nodes],
+            textfont={"size": TREE_TEXT_SIZE, "color": color},
+            customdata=[node.hover for node in nodes],
+            hovertemplate="%{customdata}<extra></extra>",
+            showlegend=False,
+            **cell,
+        )
+    hidden = {"visible": False, "fixedrange": True}
+    figure.update_xaxes(range=[0, TREE_WIDTH], **hidden, **cell)
+    figure.update_yaxes(range=[depth + 0.5, -0.5], **hidden, **cell)
 
 
 def _say_empty(figure: go.Figure, cell: dict[str, Any]) -> None:

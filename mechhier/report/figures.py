@@ -10,7 +10,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
+from mechhier.grammars import Corpus
 from mechhier.report import checkpoint, style, training
+from mechhier.report.corpus import plot_corpus
 from mechhier.report.drawing import draw
 from mechhier.report.panels import Curve, CurvePanel, Panel, with_prefix
 from mechhier.report.reading import by_phenomenon, require_one_kind
@@ -42,17 +44,24 @@ class HasLog(Protocol):
 
 
 def plot(
-    result: xr.Dataset | xr.DataTree | Mapping[str, xr.Dataset] | pd.DataFrame | HasLog, *, title: str | None = None
+    result: xr.Dataset | xr.DataTree | Mapping[str, xr.Dataset] | pd.DataFrame | HasLog | Corpus,
+    *,
+    title: str | None = None,
 ) -> go.Figure:
-    """Draw a result: of one model, over training, of several arms, or a training log.
+    """Draw a result: of one model, over training, of several arms, a training log; or a corpus.
 
     Over training (a `step` dim) the figure shows curves with their intervals and nulls, one line per arm; the step axis
     is logarithmic but shows step 0 (see `mechhier.report.style.StepScale`). Without `step` it shows the model's heads,
     layers and components.
 
+    A corpus is shown by its first 2^20 tokens or so (see `mechhier.grammars.statistics.describe`): frequencies of
+    tokens by rank, lengths of documents, mutual information by distance, and the first tree of a language that has
+    trees. This takes some seconds, whatever the size of the corpus.
+
     Args:
-        result: the dataset of a phenomenon, the tree of a sweep, one phenomenon's datasets by arm, a run or its log.
-        title: of the figure; the default names the phenomenon and the model.
+        result: the dataset of a phenomenon, the tree of a sweep, one phenomenon's datasets by arm, a run or its log,
+            or a corpus.
+        title: of the figure; the default names the phenomenon and the model, or the language.
 
     Returns:
         A plotly figure; nothing global is changed.
@@ -76,9 +85,11 @@ def plot(
         return _plot_arms(dict(result), title)
     if isinstance(result, HasLog):
         return plot_loss({"": result.log})
+    if isinstance(result, Corpus):
+        return plot_corpus(result, title=title)
     raise TypeError(
         f"cannot plot a {type(result).__name__}: accepted are the Dataset of a phenomenon, the DataTree of a sweep, a "
-        "mapping from arm to Dataset, a run, and a run's log"
+        "mapping from arm to Dataset, a run, a run's log, and a corpus"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a figure shows, as plain data: panels of curves with bands, heatmaps and grouped bars.
+"""What a figure shows, as plain data: panels of curves with bands, heatmaps, bars, histograms and trees.
 
 A phenomenon says *what* is shown, as a list of panels; `mechhier.report.drawing.draw` decides how.
 """
@@ -31,6 +31,8 @@ class Curve:
         null: the value under the null (uniform attention, random perturbation ...) at every point.
         dash: plotly's dash style.
         symbol: marker, or None for a line without markers.
+        line: whether the points are joined.
+        names: what every point is, for its hover label, if its position does not say it.
     """
 
     label: str
@@ -42,6 +44,8 @@ class Curve:
     null: Vector | None = None
     dash: str = "solid"
     symbol: str | None = "circle"
+    line: bool = True
+    names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class CurvePanel:
         x_title: title of an ordinary axis.
         band: horizontal band (lower, upper) to shade, for a quantity known only between bounds.
         from_zero: whether the axis must include zero.
+        log: whether both axes are logarithmic (without `scale`); values that are not positive are left out, and what
+            lies below the smallest positive value and null is cut off.
     """
 
     title: str
@@ -65,6 +71,7 @@ class CurvePanel:
     x_title: str = ""
     band: tuple[float, float] | None = None
     from_zero: bool = True
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,62 @@ class BarPanel:
     series: Sequence[Bars]
 
 
-Panel = CurvePanel | HeatPanel | BarPanel
+@dataclass(frozen=True)
+class HistogramPanel:
+    """Shares of a number in bins, and the law they are drawn from where it is known.
+
+    Attributes:
+        title: what is counted, in words.
+        y_title: units of the bars.
+        x_title: the number.
+        edges: borders of the bins, one more than there are bins.
+        bars: the share of every bin.
+        law: its probability; NaN where it is not known.
+    """
+
+    title: str
+    y_title: str
+    x_title: str
+    edges: Vector
+    bars: Bars
+    law: Curve | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of a drawn tree: where it is, in columns and levels from the root, and what is written there.
+
+    Attributes:
+        label: what is written.
+        x: place from left to right, in pixels.
+        level: 0 for a root.
+        parent: index of the node above it, or None for a root.
+        hover: text of the hover label, escaped.
+        is_leaf: whether it is a token.
+    """
+
+    label: str
+    x: float
+    level: int
+    parent: int | None
+    hover: str
+    is_leaf: bool
+
+
+@dataclass(frozen=True)
+class TreePanel:
+    """Trees, roots at the top; the panel takes a whole row of the figure.
+
+    Attributes:
+        title: what it is the tree of.
+        nodes: all nodes, parents before their children.
+    """
+
+    title: str
+    nodes: Sequence[Node]
+
+
+Panel = CurvePanel | HeatPanel | BarPanel | HistogramPanel | TreePanel
 
 
 def with_prefix(panel: Panel, prefix: str) -> Panel:
