@@ -160,7 +160,7 @@ class FittedNGram(Grammar):
     def _generate(self, n_rows: int, context: int, rng: np.random.Generator) -> tuple[np.ndarray, MakeLabels]:
         tokens = np.empty((n_rows, context), dtype=np.int32)
         order = np.empty((n_rows, context), dtype=np.int8)  # 3^order is at most 2^63
-        _write(rng, *self._counts, self.vocab_size, tokens, order)
+        _write(rng, self._counts, self.vocab_size, tokens, order)
 
         def make_labels(trees: bool) -> dict[str, np.ndarray]:
             document, position = places_in_documents(tokens == self.eos_token_id)
@@ -192,7 +192,7 @@ class FittedNGram(Grammar):
         """
         tokens = check_tokens(tokens, self.vocab_size)
         result = np.empty((*tokens.shape, self.vocab_size))
-        _predict(*self._counts, tokens, result)
+        _predict(self._counts, tokens, result)
         return result
 
     def ideal_loss(self, sample: Sample) -> IdealLoss:
@@ -208,7 +208,7 @@ class FittedNGram(Grammar):
             raise ValueError("every row must begin a text to be predicted exactly; generate with packed=False")
         tokens = check_tokens(sample.tokens, self.vocab_size)
         probability = np.empty(tokens.shape)
-        _score(*self._counts, self.vocab_size, tokens, probability)
+        _score(self._counts, self.vocab_size, tokens, probability)
         return IdealLoss.exact(-np.log(probability), "exact: the law of the n-gram model itself")
 
 
@@ -309,112 +309,93 @@ def _find(token: np.ndarray, low: int, high: int, value: int) -> int:
 
 
 @compiled
-def _follow(
-    history: int, value: int, first: np.ndarray, shorter: np.ndarray, token: np.ndarray, then: np.ndarray
-) -> int:
+def _follow(history: int, value: int, counts: _Counts) -> int:
     """Return the longest history that occurs after one more token."""
     while history >= 0:
-        ngram = _find(token, first[history], first[history + 1], value)
+        ngram = _find(counts.token, counts.first[history], counts.first[history + 1], value)
         if ngram >= 0:
-            return then[ngram]
-        history = shorter[history]
+            return counts.then[ngram]
+        history = counts.shorter[history]
     return 0
 
 
 @compiled
 def _write(
     rng: np.random.Generator,
-    first: np.ndarray,
-    shorter: np.ndarray,
-    depth: np.ndarray,
-    token: np.ndarray,
-    before: np.ndarray,
-    then: np.ndarray,
+    counts: _Counts,
     vocab_size: int,
     tokens: np.ndarray,
     order: np.ndarray,
 ) -> None:
     """Draw rows, and the length of the n-gram that every token was drawn from (0: from the uniform law)."""
     for row in range(len(tokens)):
-        longest = len(shorter) - 1
+        longest = len(counts.shorter) - 1
         for t in range(tokens.shape[1]):
             history, ngram = longest, -1
             while history >= 0:
-                low, high = first[history], first[history + 1]
-                count = before[high] - before[low]
+                low, high = counts.first[history], counts.first[history + 1]
+                count = counts.before[high] - counts.before[low]
                 u = rng.random() * (count + high - low)
                 if u < count:
-                    place = before[low] + int(u)
+                    place = counts.before[low] + int(u)
                     while high - low > 1:
                         middle = (low + high) // 2
-                        if before[middle] <= place:
+                        if counts.before[middle] <= place:
                             low = middle
                         else:
                             high = middle
                     ngram = low
                     break
-                history = shorter[history]
+                history = counts.shorter[history]
             if ngram >= 0:
-                tokens[row, t], order[row, t] = token[ngram], depth[history]
+                tokens[row, t], order[row, t] = counts.token[ngram], counts.depth[history]
             else:
                 tokens[row, t], order[row, t] = int(rng.random() * vocab_size), 0
-            longest = (
-                _follow(longest, tokens[row, t], first, shorter, token, then) if history < longest else then[ngram]
-            )
+            longest = _follow(longest, tokens[row, t], counts) if history < longest else counts.then[ngram]
 
 
 @compiled
 def _predict(
-    first: np.ndarray,
-    shorter: np.ndarray,
-    depth: np.ndarray,
-    token: np.ndarray,
-    before: np.ndarray,
-    then: np.ndarray,
+    counts: _Counts,
     tokens: np.ndarray,
     probabilities: np.ndarray,
 ) -> None:
     """Write the law of every token given those before it in its row."""
     for row in range(len(tokens)):
-        longest = len(shorter) - 1
+        longest = len(counts.shorter) - 1
         for t in range(tokens.shape[1]):
             law, weight, history = probabilities[row, t], 1.0, longest
             law[:] = 0.0
             while history >= 0:
-                low, high = first[history], first[history + 1]
-                share = weight / (before[high] - before[low] + high - low)
+                low, high = counts.first[history], counts.first[history + 1]
+                share = weight / (counts.before[high] - counts.before[low] + high - low)
                 for ngram in range(low, high):
-                    law[token[ngram]] += share * (before[ngram + 1] - before[ngram])
+                    law[counts.token[ngram]] += share * (counts.before[ngram + 1] - counts.before[ngram])
                 weight = share * (high - low)
-                history = shorter[history]
+                history = counts.shorter[history]
             law += weight / len(law)
-            longest = _follow(longest, tokens[row, t], first, shorter, token, then)
+            longest = _follow(longest, tokens[row, t], counts)
 
 
 @compiled
 def _score(
-    first: np.ndarray,
-    shorter: np.ndarray,
-    depth: np.ndarray,
-    token: np.ndarray,
-    before: np.ndarray,
-    then: np.ndarray,
+    counts: _Counts,
     vocab_size: int,
     tokens: np.ndarray,
     probability: np.ndarray,
 ) -> None:
     """Write the probability of every token given those before it in its row."""
     for row in range(len(tokens)):
-        longest = len(shorter) - 1
+        longest = len(counts.shorter) - 1
         for t in range(tokens.shape[1]):
             p, weight, history = 0.0, 1.0, longest
             while history >= 0:
-                low, high = first[history], first[history + 1]
-                share = weight / (before[high] - before[low] + high - low)
-                ngram = _find(token, low, high, tokens[row, t])
+                low, high = counts.first[history], counts.first[history + 1]
+                share = weight / (counts.before[high] - counts.before[low] + high - low)
+                ngram = _find(counts.token, low, high, tokens[row, t])
                 if ngram >= 0:
-                    p += share * (before[ngram + 1] - before[ngram])
+                    p += share * (counts.before[ngram + 1] - counts.before[ngram])
                 weight = share * (high - low)
-                history = shorter[history]
+                history = counts.shorter[history]
             probability[row, t] = p + weight / vocab_size
-            longest = _follow(longest, tokens[row, t], first, shorter, token, then)
+            longest = _follow(longest, tokens[row, t], counts)

@@ -375,13 +375,7 @@ class PCFG(Grammar):
             ValueError: A row is not text of this language, or ``lengths`` is set (the exact predictor would have to
                 know how long the rest of every derivation is; :meth:`ideal_loss` brackets its loss).
         """
-        self._refuse_lengths()
-        tokens = check_tokens(tokens, self.vocab_size)
-        result = np.zeros((*tokens.shape, self.vocab_size))
-        for row, start, stop, ended in self._strings(tokens):
-            prediction = self._predict(tokens, row, start, stop, ended).tokens
-            result[row, start : stop + ended] = prediction[: stop + ended - start]
-        return result
+        return self._predictions(tokens, "tokens", self.vocab_size)
 
     def category_probabilities(self, tokens: Int[np.ndarray, "row position"]) -> Float[np.ndarray, "row position c"]:
         """Return P(category of the token at t | the tokens before t), with :attr:`categories` as last dimension.
@@ -396,13 +390,7 @@ class PCFG(Grammar):
         Raises:
             ValueError: As :meth:`next_token_probabilities`.
         """
-        self._refuse_lengths()
-        tokens = check_tokens(tokens, self.vocab_size)
-        result = np.zeros((*tokens.shape, len(self.categories)))
-        for row, start, stop, ended in self._strings(tokens):
-            prediction = self._predict(tokens, row, start, stop, ended).categories
-            result[row, start : stop + ended] = prediction[: stop + ended - start]
-        return result
+        return self._predictions(tokens, "categories", len(self.categories))
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -433,12 +421,18 @@ class PCFG(Grammar):
         Raises:
             ValueError: As :meth:`next_token_probabilities`.
         """
+        return self._predictions(tokens, "states", len(self.states))
+
+    def _predictions(
+        self, tokens: Int[np.ndarray, "row position"], field: Literal["tokens", "categories", "states"], width: int
+    ) -> Float[np.ndarray, "row position width"]:
+        """Return one field of the :class:`Prediction` of every string at every place."""
         self._refuse_lengths()
         tokens = check_tokens(tokens, self.vocab_size)
-        result = np.zeros((*tokens.shape, len(self.states)))
+        result = np.zeros((*tokens.shape, width))
         for row, start, stop, ended in self._strings(tokens):
-            prediction = self._predict(tokens, row, start, stop, ended, states=True).states
-            result[row, start : stop + ended] = prediction[: stop + ended - start]
+            prediction = self._predict(tokens, row, start, stop, ended, states=field == "states")
+            result[row, start : stop + ended] = getattr(prediction, field)[: stop + ended - start]
         return result
 
     def ideal_loss(self, sample: Sample) -> IdealLoss:
