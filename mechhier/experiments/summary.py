@@ -63,6 +63,12 @@ def band_of(floor: xr.Dataset) -> tuple[float, float]:
     return estimate - 1.96 * error, estimate + 1.96 * error
 
 
+def without_inference(floor: xr.Dataset) -> float:
+    """Loss in nats per token of a predictor that infers nothing about a document's own lexicon; NaN if it has none."""
+    upper = float(floor.floor_upper_mean)
+    return upper if upper > float(floor.floor_mean) else np.nan
+
+
 def _final(by_arm: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     return {arm: result.isel(step=-1) for arm, result in by_arm.items()}
 
@@ -77,7 +83,7 @@ def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[
                 "context": runs[name].corpus.context,
                 "training tokens": runs[name].corpus.n_tokens,
                 "floor (nats)": float(floors[name].floor_mean),
-                "without inference in context (nats)": float(floors[name].floor_upper_mean),
+                "without inference in context (nats)": without_inference(floors[name]),
             }
             for name, arm in experiment.arms.items()
         ]
@@ -96,9 +102,9 @@ def _loss(runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]) -> Section:
         heading="Loss against the floor",
         shows=(
             "Training and held-out loss, in nats per predicted token, against the loss of the best possible predictor of "
-            "the language: a line where that predictor is known exactly, else a band. The table above also has the loss of "
-            "a predictor that infers nothing from the context; it is higher where every document has a lexicon of its own, "
-            "and there a loss below it is evidence of inference in context."
+            "the language: a line where that predictor is known exactly, else a band. Where every document has a "
+            "lexicon of its own the table above also has the loss of a predictor that infers nothing from the context: a loss "
+            "below it is evidence of inference in context."
         ),
         does_not_show=(
             "A loss at the floor says that the predictions are right, not how they are made: that is what the probes are for."
@@ -235,7 +241,7 @@ def contrasts(
             (held_out.iloc[-1], np.nan, np.nan),
             held_out.iloc[0],
             floors[arm].floor_mean,
-            f"floor (without inference in context {float(floors[arm].floor_upper_mean):.3f})",
+            "ideal predictor",
         )
         if arm in measured.get("induction", {}):
             result = measured["induction"][arm]
