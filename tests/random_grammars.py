@@ -10,8 +10,8 @@ from mechhier.grammars import PCFG
 
 @st.composite
 def pcfgs(draw, *, recursive=True, empty=True):
-    """A consistent grammar with up to four nonterminals; derivations are few enough to enumerate unless recursive."""
-    n = draw(st.integers(1, 4))
+    """A consistent grammar with up to four nonterminals; without recursion at most three, few enough to enumerate."""
+    n = draw(st.integers(1, 4 if recursive else 3))
     rules, used = [], set()
     for i in range(n):
         below = [f"N{j}" for j in range(i + 1, n)]
@@ -20,6 +20,8 @@ def pcfgs(draw, *, recursive=True, empty=True):
             rhs = draw(st.lists(st.sampled_from(["a", "b", "c", *below[:1]]), min_size=1, max_size=3))
             if k == 0:
                 rhs = [*rhs[:2], *below[:1]] or rhs
+            if len(below) > 1 and rhs.count(below[0]) == 3:  # cubes of cubes would be too many
+                rhs[1] = "c"
             alternatives[tuple(rhs)] = draw(st.floats(0.2, 1.0))
         if empty and draw(st.booleans()):
             alternatives[()] = draw(st.floats(0.2, 1.0))
