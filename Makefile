@@ -4,6 +4,8 @@ BIN := .venv/bin
 # The newest TransformerLens, in an environment of its own: there TransformerBridge is the only hooked model.
 BRIDGE_BIN := .venv-bridge/bin
 BRIDGE_VERSION := 4.3.0
+# Each worker imports torch and TransformerLens, about 1 GB.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: setup demo test lint bench test-bridge clean
 
@@ -13,7 +15,7 @@ demo: setup
 	$(BIN)/mechhier run demo --out results/demo
 
 test: lint
-	$(BIN)/python -m pytest tests --doctest-modules mechhier --nbmake --nbmake-timeout=900 notebooks
+	$(BIN)/python -m pytest $(WORKERS) tests --doctest-modules mechhier --nbmake --nbmake-timeout=900 notebooks
 
 lint: setup
 	$(BIN)/ruff check .
@@ -22,11 +24,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.phenomena
-	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.grammars
 
 test-bridge: .venv-bridge/.ready
-	$(BRIDGE_BIN)/python -m pytest tests/probes tests/phenomena tests/models/test_loading.py tests/models/test_planted.py
+	$(BRIDGE_BIN)/python -m pytest $(WORKERS) tests/probes tests/phenomena tests/models/test_loading.py tests/models/test_planted.py
 
 clean:
 	rm -rf .venv .venv-bridge results

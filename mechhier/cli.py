@@ -1,4 +1,4 @@
-"""The command line: `mechhier run SPEC`, `mechhier corpus SPEC`."""
+"""The command line: `mechhier run SPEC`, `mechhier train SPEC`, `mechhier corpus SPEC`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from mechhier.specs import Spec, SpecError, read_spec
+
+if TYPE_CHECKING:
+    from mechhier.experiments import Experiment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _console = Console(stderr=True, soft_wrap=True)
@@ -31,20 +34,28 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
 ) -> None:
     """Carry out an experiment: corpora, training, measurements, report. The same command goes on where it stopped."""
-    from mechhier.experiments import Experiment
-
-    experiment = _read(Experiment, spec, package="mechhier.experiments")
-    # Threads that wait must not spin: on a machine that does something else too, spinning makes two slower than one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    out = out or Path("results") / Path(spec).stem
-    _console.print(f"{experiment.title}: {len(experiment.arms)} arms, results in {out}", markup=False, highlight=False)
+    experiment, out = _experiment(spec, out, threads)
     with _reported_errors():
         report = experiment.run(out)
     _console.print(f"Report: {report}", markup=False, highlight=False)
+
+
+@app.command()
+def train(
+    spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged experiment such as 'demo'.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; default: results/<name of the spec>.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="The one training to do: an arm, or with several seeds <arm>_seed<seed>.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
+) -> None:
+    """Do an experiment's trainings, without measurements; `run` goes on from there. Works under `accelerate launch`."""
+    experiment, out = _experiment(spec, out, threads)
+    with _reported_errors():
+        for run in experiment.train(out, only=only).values():
+            _console.print(f"Trained: {run.path}", markup=False, highlight=False)
 
 
 @app.command()
@@ -66,6 +77,23 @@ def corpus(
         if out is not None:
             streamed.save(out, workers=workers)
             _console.print(f"Corpus: {out}", markup=False, highlight=False)
+
+
+def _experiment(spec: str, out: Path | None, threads: int | None) -> tuple[Experiment, Path]:
+    """The experiment that a spec describes, and the folder of its results."""
+    from mechhier.experiments import Experiment
+
+    experiment = _read(Experiment, spec, package="mechhier.experiments")
+    # Threads that wait must not spin: on a machine that does something else too, spinning makes two slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    out = out or Path("results") / Path(spec).stem
+    n_trainings = len(experiment.trainings)
+    _console.print(f"{experiment.title}: {n_trainings} trainings, results in {out}", markup=False, highlight=False)
+    return experiment, out
 
 
 def _read(model: type[Spec], source: str, *, package: str) -> Spec:

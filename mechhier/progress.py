@@ -36,6 +36,12 @@ def _display() -> Progress:
     )
 
 
+def announce(message: str) -> None:
+    """Write one line to standard error, above the progress rows where there are any."""
+    console = _active.console if _active else Console(stderr=True)
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def track(description: str, *, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
     """Show one row of progress while the block runs; rows of nested blocks share a display.

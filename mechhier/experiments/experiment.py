@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -32,12 +32,14 @@ class Arm(BaseModel):
     grammar: AnyGrammar
     """The language; its `context` is the length of a row."""
     train: TrainSpec
-    """How long and how to train; `steps` is required."""
+    """How long and how to train; `steps` is required, `seed` is the experiment's."""
 
     @model_validator(mode="after")
     def _check_steps(self) -> Arm:
         if self.train.steps is None:
             raise ValueError("train.steps is required in an experiment: it decides how much text is generated")
+        if "seed" in self.train.model_fields_set:
+            raise ValueError("train.seed is given by the experiment's seeds: leave it out")
         return self
 
     @property
@@ -47,11 +49,18 @@ class Arm(BaseModel):
         return self.train.steps * self.train.batch_size * self.grammar.default_context
 
 
+class Training(NamedTuple):
+    """One training of an experiment."""
+
+    arm: Arm
+    seed: int
+
+
 class Experiment(BaseModel):
     """Arms, one model shape for all of them, and the phenomena to measure at every checkpoint.
 
     Example:
-        >>> list(Experiment.read("demo").arms)
+        >>> list(Experiment.read("demo").trainings)
         ['pool', 'per_document', 'fixed', 'ngram']
     """
 
@@ -59,14 +68,22 @@ class Experiment(BaseModel):
 
     title: str
     """Title of the report."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the corpora and of the measurements; the weights' seed is `train.seed`."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0,)
+    """Every arm is trained once with each: the seed of its text and of its weights. The first is that of the
+    measurements, too."""
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     """Arms by short name, which is also their folder."""
     model: ModelSpec
     """The transformer trained on every arm."""
     phenomena: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     """Keyword arguments by name of phenomenon."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds={list(seeds)} repeat; each training has a seed of its own")
+        return seeds
 
     @field_validator("arms")
     @classmethod
@@ -98,11 +115,45 @@ class Experiment(BaseModel):
         """
         return read_spec(cls, source, package="mechhier.experiments")
 
-    def run(self, out: str | Path) -> Path:
-        """Generate the corpora, train, measure every checkpoint, and write the report; go on where it stopped.
+    @property
+    def trainings(self) -> dict[str, Training]:
+        """Every arm with every seed, by name: the arm's, or with several seeds `<arm>_seed<seed>`."""
+        several = len(self.seeds) > 1
+        return {
+            f"{name}_seed{seed}" if several else name: Training(arm, seed)
+            for name, arm in self.arms.items()
+            for seed in self.seeds
+        }
+
+    def train(self, out: str | Path, *, only: str | None = None) -> dict[str, Run]:
+        """Train every arm with every seed, each in the folder `<out>/<name>/run`; go on where it stopped.
 
         Args:
-            out: Folder of everything: `<arm>/corpus`, `<arm>/run` (checkpoints, log, one file per measurement),
+            out: Folder of the trainings.
+            only: Name of the one training to do, of `trainings`; all if None.
+
+        Raises:
+            ValueError: `only` names none of them.
+            RunError: A folder holds another training.
+            TrainingError: A loss diverged, or the disk is too small.
+        """
+        from mechhier.models import train
+
+        if only is not None and only not in self.trainings:
+            raise ValueError(f"no training {only!r}: choose from {', '.join(self.trainings)}")
+        runs = {}
+        for name, (arm, seed) in self.trainings.items():
+            if only in (None, name):
+                corpus = arm.grammar.corpus(arm.n_tokens, seed=seed)
+                settings = arm.train.model_copy(update={"seed": seed})
+                runs[name] = train(self.model, corpus, Path(out) / name / "run", train=settings)
+        return runs
+
+    def run(self, out: str | Path) -> Path:
+        """Train, measure every checkpoint, and write the report; go on where it stopped.
+
+        Args:
+            out: Folder of everything: `<name>/run` of each training (checkpoints, log, one file per measurement),
                 `results.nc` (all measurements in one netCDF), `report.html`, `figures/*.png`.
 
         Returns:
@@ -115,13 +166,7 @@ class Experiment(BaseModel):
         from mechhier.sweeps import sweep
 
         out = Path(out)
-        runs = {name: self._train(name, arm, out / name) for name, arm in self.arms.items()}
-        tree = sweep(runs, self.phenomena, seed=self.seed)
+        runs = self.train(out)
+        tree = sweep(runs, self.phenomena, seed=self.seeds[0])
         results.save(tree, out / "results.nc")
         return write_summary(self, runs, tree, out)
-
-    def _train(self, name: str, arm: Arm, folder: Path) -> Run:
-        from mechhier.models import train
-
-        corpus = arm.grammar.corpus(arm.n_tokens, seed=self.seed).save(folder / "corpus")
-        return train(self.model, corpus, folder / "run", train=arm.train)

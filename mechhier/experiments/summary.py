@@ -22,9 +22,9 @@ Small transformers of one shape, one per language, measured at every checkpoint 
 next to its null in the same figure: what uniform attention would score on the same queries, what a random perturbation of
 the same size does, what the untrained model (step 0) scores.
 
-One seed per arm: intervals are over probe sequences, not over trainings. A difference between two arms is therefore a
-difference between two trained models; whether it belongs to the languages takes several seeds, and arms that differ in one
-thing at a time. The arms below differ in more than one.
+Intervals are over probe sequences of one trained model, not over trainings. A difference between two rows or curves is
+therefore a difference between two trained models; whether it belongs to the languages takes several seeds, and arms that
+differ in one thing at a time.
 """
 
 
@@ -35,7 +35,7 @@ def write_summary(experiment: Experiment, runs: Mapping[str, Run], tree: xr.Data
         The report.
     """
     measured = by_phenomenon(tree)
-    floors = {name: run.corpus.floor() for name, run in runs.items()}
+    floors = {name: run.floor for name, run in runs.items()}
     sections = [_languages(experiment, runs, floors), _loss(runs, floors)]
     writers = {
         "induction": _induction,
@@ -79,13 +79,14 @@ def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[
             {
                 "arm": name,
                 "language": arm.title,
+                "seed": seed,
                 "vocabulary": arm.grammar.vocab_size,
                 "context": runs[name].corpus.context,
                 "training tokens": runs[name].corpus.n_tokens,
                 "floor (nats)": float(floors[name].floor_mean),
                 "without inference in context (nats)": without_inference(floors[name]),
             }
-            for name, arm in experiment.arms.items()
+            for name, (arm, seed) in experiment.trainings.items()
         ]
     )
     described = "\n\n".join(f"{name}: {arm.about}" for name, arm in experiment.arms.items())
@@ -303,6 +304,6 @@ def _numbers(
             "untrained model), and their null. Best heads are chosen on one half of the sequences and scored on the other; "
             "the layer of injection is the best on the test prompts and is therefore biased up."
         ),
-        does_not_show="One training per arm: the intervals do not cover what another seed would give.",
+        does_not_show="Every row is of one training: the intervals do not cover what another seed would give.",
         table=contrasts(measured, runs, floors),
     )

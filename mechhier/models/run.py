@@ -1,14 +1,17 @@
 """A training run on disk: what was trained on what, its checkpoints, its log.
 
 run/
-  manifest.json                     model, training, corpus, versions, whether training has finished
-  log.jsonl                         one line a log point: step, loss, eval_loss, learning_rate
-  checkpoints/step-000400/          an ordinary Hugging Face model folder: safetensors, config, tokenizer
+  manifest.json                     model, training, corpus, versions, hashes, whether training has finished
+  log.jsonl                         one line a log point: step, loss, eval_loss, floor, learning_rate
+  floor.nc                          the ideal predictor's loss on the held-out rows, by position
+  checkpoints/step-000400/          an ordinary Hugging Face model folder: safetensors, config, tokenizer; and
+    evaluation.json                 the held-out loss by position
   trainer/                          the optimizer's state, for resuming; removed when training has finished
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from importlib.metadata import version
@@ -19,17 +22,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mechhier.files import write_whole
 from mechhier.grammars import Corpus, Grammar
-from mechhier.models.spec import ModelSpec, TrainSpec
+from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+    import xarray as xr
 
     from mechhier.models.loading import HookedModel, ModelClass
 
+    Step = int | float | Literal["last"]
+
 MANIFEST = "manifest.json"
 LOG = "log.jsonl"
+FLOOR = "floor.nc"
 CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation.json"
 
 
 class RunError(ValueError):
@@ -49,13 +57,22 @@ class Manifest(BaseModel):
     model: ModelSpec
     train: TrainSpec
     corpus: dict[str, Any]
-    """The corpus as its `description` says it."""
+    """The corpus as its `description` says it: grammar, seed, sizes."""
+    text_sha256: str | None = None
+    """Hash of the corpus's first block of text: the same description must mean the same text."""
     steps: int
     """Optimizer steps of the whole training."""
     device: str
     """Device and precision of the training; the same run on another one agrees only to rounding."""
     versions: dict[str, str]
     finished: bool = False
+    weights_sha256: dict[int, str] = {}
+    """Hash of each checkpoint's weights, once training has finished."""
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """The steps at which a checkpoint is kept, ascending."""
+        return sorted({*checkpoint_steps(self.steps, self.train.n_checkpoints), *self.train.checkpoints_at})
 
     @classmethod
     def read(cls, run: Path) -> Manifest:
@@ -77,8 +94,9 @@ class Manifest(BaseModel):
         write_whole(run / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
     def differences(self, other: Manifest) -> list[str]:
-        """Which settings of model, training and corpus differ, as `name: mine -> theirs`."""
-        mine, theirs = (_flat(m.model_dump(mode="json", include={"model", "train", "corpus"})) for m in (self, other))
+        """Which settings of model, training and corpus differ, or its text, as `name: mine -> theirs`."""
+        compared = {"model", "train", "corpus", "text_sha256"}
+        mine, theirs = (_flat(m.model_dump(mode="json", include=compared)) for m in (self, other))
         return [
             f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}"
             for name in sorted({*mine, *theirs})
@@ -97,6 +115,21 @@ def package_versions() -> dict[str, str]:
     """The versions that weights depend on."""
     packages = ("mechhier", "torch", "transformers", "accelerate", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def text_sha256(corpus: Corpus) -> str:
+    """Hash of the corpus's first block of text."""
+    return hashlib.sha256(corpus.rows(0, min(corpus.rows_per_block, corpus.n_rows)).tobytes()).hexdigest()
+
+
+def weights_sha256(checkpoint: Path) -> str:
+    """Hash of a checkpoint's weights, over all its safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -166,42 +199,116 @@ class Run:
 
     @property
     def log(self) -> pd.DataFrame:
-        """The training curve, a line a log point: step, loss, eval_loss, learning_rate.
+        """The training curve, a line a log point: step, tokens, loss, eval_loss, floor, learning_rate.
 
-        `loss` is the mean over the steps since the line before, `eval_loss` the mean over the validation rows, at
-        checkpoints; both in nats per predicted token. NaN where a line has no such value.
+        `tokens` were read until then; `loss` is the mean over the steps since the line before; at checkpoints
+        `eval_loss` is the mean over the held-out rows and `floor` the ideal predictor's loss on the same rows (NaN
+        where only bounds of it are known: see `evaluation`); all in nats per predicted token. NaN where a line has no
+        such value.
         """
         import pandas as pd
 
-        lines = (self.path / LOG).read_text(encoding="utf-8").splitlines()
-        columns = {"step": "int64", "loss": "float64", "eval_loss": "float64", "learning_rate": "float64"}
-        return pd.DataFrame([json.loads(line) for line in lines], columns=list(columns)).astype(columns)
+        lines = [json.loads(line) for line in (self.path / LOG).read_text(encoding="utf-8").splitlines()]
+        log = pd.DataFrame(lines, columns=["step", "loss", "eval_loss", "floor", "learning_rate"]).astype("float64")
+        log["step"] = log["step"].astype("int64")
+        log.insert(1, "tokens", log["step"] * self.train_spec.batch_size * self.manifest.corpus["context"])
+        return log
 
-    def checkpoint(self, step: int) -> Path:
+    @property
+    def floor(self) -> xr.Dataset:
+        """The ideal predictor's loss on the held-out rows, as `Corpus.floor` returns it.
+
+        Raises:
+            RunError: There is none: the rows are packed, or the run is of mechhier 0.2 or before.
+        """
+        from mechhier import results
+
+        try:
+            return results.load(self.path / FLOOR)
+        except (FileNotFoundError, ValueError) as error:
+            raise RunError(f"{self.path} has no floor; packed rows have none: {error}") from error
+
+    @property
+    def evaluation(self) -> xr.Dataset:
+        """The loss on the held-out rows at every checkpoint, by position in the row, beside the floor.
+
+        Returns:
+            `eval_loss` with its 95 % interval over rows (`eval_loss_low`, `eval_loss_high`) over `step` and `position`,
+            in nats, of the prediction of the token at that position (from 1); and all that `Corpus.floor` returns for
+            the same rows, but for packed rows, which have no floor.
+
+        Raises:
+            RunError: A checkpoint has no evaluation (runs of mechhier 0.2 and before have none).
+        """
+        import numpy as np
+        import xarray as xr
+
+        try:
+            parts = [
+                json.loads((self.checkpoint(step) / EVALUATION).read_text(encoding="utf-8")) for step in self.steps
+            ]
+        except (OSError, json.JSONDecodeError) as error:
+            raise RunError(f"{self.path} has a checkpoint without its {EVALUATION}: {error}") from error
+        loss, half = (np.array([part[name] for part in parts]) for name in ("loss", "loss_error"))
+        half *= 1.96
+        long_name = "held-out loss"
+        found = xr.Dataset(
+            {
+                name: (("step", "position"), values, {"long_name": long_name + words, "units": "nats"})
+                for name, values, words in (
+                    ("eval_loss", loss, ""),
+                    ("eval_loss_low", loss - half, ", lower bound (95 %)"),
+                    ("eval_loss_high", loss + half, ", upper bound (95 %)"),
+                )
+            },
+            coords={
+                "step": ("step", self.steps, {"long_name": "training step", "units": "optimizer steps"}),
+                "position": ("position", np.arange(1, loss.shape[1] + 1), {"long_name": "position in the row"}),
+            },
+        )
+        if self.manifest.corpus["packed"]:
+            return found
+        floor = self.floor
+        return found.merge(floor.sel(position=found.position), combine_attrs="override").assign_attrs(floor.attrs)
+
+    def checkpoint(self, step: Step) -> Path:
         """Folder of one checkpoint.
 
         Args:
-            step: A member of `steps`, or -1 for the last.
+            step: A member of `steps`; `"last"` or -1; or a fraction of the training as a float from 0.0 to 1.0, for the
+                checkpoint nearest to it.
 
         Raises:
             MissingCheckpointError: There is none of that step.
         """
         steps = self.steps
-        if step == -1 and steps:
-            step = steps[-1]
-        if step not in steps:
-            raise MissingCheckpointError(f"{self.path} has no checkpoint of step {step}; it has {steps} (-1: the last)")
-        return checkpoint_folder(self.path, step)
+        chosen = step
+        if step in ("last", -1):
+            chosen = steps[-1]
+        elif isinstance(step, float) and 0 <= step <= 1:
+            chosen = min(steps, key=lambda kept: abs(kept - step * self.manifest.steps))
+        if chosen not in steps:
+            raise MissingCheckpointError(
+                f"{self.path} has no checkpoint of step {step!r}; it has {steps}, 'last', and the nearest to a fraction "
+                "from 0.0 to 1.0"
+            )
+        return checkpoint_folder(self.path, int(chosen))
 
     def load(
         self,
-        step: int = -1,
+        step: Step = "last",
         *,
         as_: ModelClass | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> HookedModel:
-        """Load one checkpoint as a hooked model that carries the run's grammar; options as for `load_model`.
+        """Load one checkpoint as a hooked model that carries the run's grammar.
+
+        Args:
+            step: As for `checkpoint`.
+            as_: This and the others as for `load_model`.
+            device: Where to put it.
+            dtype: Of the weights.
 
         Raises:
             MissingCheckpointError: There is none of that step.
@@ -209,3 +316,29 @@ class Run:
         from mechhier.models.loading import load_model
 
         return load_model(self.checkpoint(step), as_=as_, device=device, dtype=dtype)
+
+    def check(self) -> None:
+        """Compare what is on disk with the manifest: every checkpoint, its hash, the log, and the text's hash.
+
+        Cost: reads all checkpoints once, and makes one block of text.
+
+        Raises:
+            RunError: Something is missing or has changed; the message lists all of it.
+        """
+        manifest, wrong = self.manifest, []
+        if missing := sorted(set(manifest.checkpoint_steps) - set(self.steps)):
+            wrong.append(f"there are no checkpoints of steps {missing}")
+        for step in self.steps:
+            if weights_sha256(checkpoint_folder(self.path, step)) != manifest.weights_sha256.get(step):
+                wrong.append(f"the weights of step {step} are not those that were trained")
+        try:
+            logged = set(self.log["step"])
+        except (OSError, ValueError) as error:
+            wrong.append(f"{LOG} cannot be read: {error}")
+        else:
+            if unlogged := sorted(set(manifest.checkpoint_steps) - logged):
+                wrong.append(f"{LOG} has no lines of steps {unlogged}")
+        if text_sha256(self.corpus) != manifest.text_sha256:
+            wrong.append("the grammar makes other text than the model was trained on, with this version of mechhier")
+        if wrong:
+            raise RunError(f"{self.path} is damaged:\n  " + "\n  ".join(wrong))

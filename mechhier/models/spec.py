@@ -8,15 +8,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-Architecture = Literal["llama", "gpt2", "gpt_neox", "olmo"]
+Architecture = Literal["llama", "gpt2", "gpt_neox", "olmo", "olmo2"]
 Size = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # GPT-NeoX-20B and Pythia rotate this share of each head.
 _NEOX_ROTARY_FRACTION = 0.25
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"architecture": "llama", "n_layers": 2, "d_model": 64, "n_heads": 4},
+    "paper": {"architecture": "llama", "n_layers": 16, "d_model": 256, "n_heads": 4, "d_mlp": 1024, "n_ctx": 512},
+}
+"""Shapes by name: `tiny` learns in minutes on a laptop, `paper` is the model of arXiv 2603.06592."""
 
 
 class ModelSpec(BaseModel):
@@ -26,16 +33,21 @@ class ModelSpec(BaseModel):
     |---|---|---|---|---|---|---|
     | `llama` | RMSNorm | rotary, all of each head | gated SiLU | sequential | untied | none |
     | `olmo` | LayerNorm without parameters | rotary, all of each head | gated SiLU | sequential | untied | none |
+    | `olmo2` | RMSNorm, behind each branch (and of q, k) | rotary, all of each head | gated SiLU | sequential | untied | none |
     | `gpt_neox` | LayerNorm | rotary, a quarter of each head | GELU | attention and MLP in parallel | untied | yes |
     | `gpt2` | LayerNorm | learned | GELU (tanh) | sequential | untied | yes |
 
-    Embeddings are untied in all four, so that what a token reads and what it predicts can differ. GPT-2's own
+    Embeddings are untied in all of them, so that what a token reads and what it predicts can differ. GPT-2's own
     checkpoints tie them; this is the one place where a spec departs from the family's default.
 
     Example:
         >>> spec = ModelSpec("llama", n_layers=2, d_model=64, n_heads=4)
-        >>> spec.n_parameters(vocab_size=101)
-        144320
+        >>> spec.n_parameters(vocab_size=101), spec.n_bytes(vocab_size=101)
+        (144320, 577280)
+        >>> ModelSpec(preset="tiny") == spec
+        True
+        >>> ModelSpec(preset="paper", n_layers=8).d_model
+        256
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,11 +65,23 @@ class ModelSpec(BaseModel):
     n_ctx: Size | None = None
     """Longest sequence; None: the corpus's context."""
     n_key_value_heads: Size | None = None
-    """Heads that share keys and values (grouped-query attention), `llama` only; None: as many as `n_heads`."""
+    """Heads with keys and values of their own, each shared by `n_heads / n_key_value_heads` query heads (grouped-query
+    attention), in `llama` and `olmo2`; None: as many as `n_heads`."""
 
     def __init__(self, architecture: Architecture | None = None, **sizes: Any) -> None:
         # The architecture may be given by position; pydantic reports a missing one like any other missing field.
         super().__init__(**sizes if architecture is None else {"architecture": architecture, **sizes})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, fields: Any) -> Any:
+        """`preset: paper` stands for that shape, here and in YAML; fields beside it replace the preset's."""
+        if not isinstance(fields, dict) or "preset" not in fields:
+            return fields
+        name = fields["preset"]
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}: choose from {', '.join(PRESETS)}")
+        return PRESETS[name] | {field: value for field, value in fields.items() if field != "preset"}
 
     @property
     def n_rotary(self) -> int:
@@ -78,8 +102,8 @@ class ModelSpec(BaseModel):
         if self.architecture == "gpt_neox" and self.n_rotary == 0:
             raise ValueError(f"gpt_neox rotates a quarter of each head: d_model / n_heads = {d_head} must be 8 or more")
         if self.n_key_value_heads is not None:
-            if self.architecture != "llama":
-                raise ValueError(f"n_key_value_heads applies to llama only, not to {self.architecture}")
+            if self.architecture not in ("llama", "olmo2"):
+                raise ValueError(f"n_key_value_heads applies to llama and olmo2, not to {self.architecture}")
             if self.n_heads % self.n_key_value_heads:
                 raise ValueError(f"n_key_value_heads={self.n_key_value_heads} must divide n_heads={self.n_heads}")
         return self
@@ -110,6 +134,15 @@ class ModelSpec(BaseModel):
         with torch.device("meta"):
             model = self._instantiate(vocab_size, n_ctx, eos_token_id=0)
         return sum(parameter.numel() for parameter in model.parameters())
+
+    def n_bytes(self, vocab_size: int, *, n_ctx: int | None = None, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the weights, in memory and in a checkpoint; float32, as training keeps them, if `dtype` is None.
+
+        Training holds four times as much: weights, gradients and AdamW's two moments; activations come on top.
+        """
+        import torch
+
+        return self.n_parameters(vocab_size, n_ctx=n_ctx) * (dtype or torch.float32).itemsize
 
     def _context(self, n_ctx: int | None) -> int:
         chosen = self.n_ctx or n_ctx
@@ -145,9 +178,11 @@ class ModelSpec(BaseModel):
             "max_position_embeddings": n_ctx,
             **common,
         }
+        grouped = {"num_key_value_heads": self.n_key_value_heads or self.n_heads}
         if self.architecture == "llama":
-            config = transformers.LlamaConfig(num_key_value_heads=self.n_key_value_heads or self.n_heads, **sizes)
-            return transformers.LlamaForCausalLM(config)
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**grouped, **sizes))
+        if self.architecture == "olmo2":
+            return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**grouped, **sizes))
         if self.architecture == "olmo":
             return transformers.OlmoForCausalLM(transformers.OlmoConfig(**sizes))
         rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": _NEOX_ROTARY_FRACTION}
@@ -167,6 +202,8 @@ class TrainSpec(BaseModel):
     """Optimizer steps; None: one pass over the corpus."""
     batch_size: Size = 32
     """Rows of a step, over all devices."""
+    gradient_accumulation: Size = 1
+    """Parts, of equal size, in which a device works through its share of a step; more parts need less memory."""
     learning_rate: Positive = 3e-3
     """Highest learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
@@ -183,13 +220,26 @@ class TrainSpec(BaseModel):
     """Seed of the initial weights; nothing else in training is random."""
     n_checkpoints: Annotated[int, Field(ge=2)] = 12
     """Checkpoints on the grid of `checkpoint_steps`, the untrained model and the last step included."""
-    eval_rows: Size = 256
-    """Rows of the corpus's validation split on which the loss is measured at every checkpoint."""
+    checkpoints_at: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Steps at which a checkpoint is kept besides those of the grid."""
+    eval_rows: Annotated[int, Field(ge=2)] = 256
+    """Rows of the corpus's validation split on which loss and floor are measured."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and the backward pass; weights, optimizer and evaluation are float32 always. `auto`: bfloat16
+    autocast on a GPU that has it, else float32."""
+    compile: bool | None = None
+    """Whether `torch.compile` makes the model's kernels; None: on a GPU."""
 
     @model_validator(mode="after")
-    def _check_warmup(self) -> TrainSpec:
+    def _check_steps(self) -> TrainSpec:
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        if self.steps is not None and (beyond := [step for step in self.checkpoints_at if step > self.steps]):
+            raise ValueError(f"checkpoints_at={beyond} lie beyond steps={self.steps}")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be divisible by gradient_accumulation={self.gradient_accumulation}"
+            )
         return self
 
 

@@ -13,13 +13,20 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
+import xarray as xr
 from accelerate import PartialState
+from accelerate.utils import broadcast, parse_flag_from_env
+from jaxtyping import Float, Int
+from rich.filesize import decimal
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
@@ -31,12 +38,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 
+from mechhier import results
 from mechhier.files import write_whole
 from mechhier.grammars import Corpus
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.run import (
     CHECKPOINTS,
+    EVALUATION,
+    FLOOR,
     LOG,
     MANIFEST,
     Manifest,
@@ -44,29 +55,48 @@ from mechhier.models.run import (
     RunError,
     checkpoint_folder,
     package_versions,
+    text_sha256,
+    weights_sha256,
 )
-from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
+from mechhier.models.spec import ModelSpec, TrainSpec
 from mechhier.models.tokenizer import word_level_tokenizer
-from mechhier.progress import track
+from mechhier.progress import announce, track
 
 TRAINER = "trainer"
+LOCK = ".lock"
 _POINTER = "latest.json"
 _LOG_LINES = 200
 # Between checkpoints the trainer's state is saved every half minute, but never for more than 1/50 of the time.
 _STATE_SECONDS = 30.0
 _STATE_SHARE = 50.0
+# float32 weights and AdamW's two moments.
+_STATE_WEIGHTS = 3
+# See `diverged`: log points in a row, and nats.
+_LOST_LINES = 10
+_LEARNED = 0.5
+_ABOVE_UNTRAINED = 1.0
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what to do."""
+class TrainingError(ValueError):
+    """Training cannot begin or go on; the message says why, at which step, and what to do."""
 
 
-def train(spec: ModelSpec, corpus: Corpus, out: str | Path, *, train: TrainSpec | None = None) -> Run:
+def train(
+    spec: ModelSpec,
+    corpus: Corpus,
+    out: str | Path,
+    *,
+    train: TrainSpec | None = None,
+    report_to: Sequence[str] = (),
+) -> Run:
     """Train a model on a corpus, or go on with a training that was interrupted, or return one that has finished.
 
     Batch n is rows n B to (n + 1) B of the corpus (modulo its length), the loss is the mean cross-entropy of the next
-    token in nats. The first token of a row is never predicted. Precision: float32 weights; on CUDA devices that have
-    it, bfloat16 autocast.
+    token in nats. The first token of a row is never predicted. At every checkpoint the loss is measured on held-out
+    rows, by position, beside the ideal predictor's on the same rows (the floor).
+
+    On a GPU: bfloat16 autocast over float32 weights, fused AdamW, SDPA and `torch.compile`, unless `TrainSpec` says
+    otherwise; on a CPU float32. Started by `accelerate launch` or `torchrun`, the processes share each batch.
 
     Args:
         spec: Shape of the model.
@@ -74,34 +104,48 @@ def train(spec: ModelSpec, corpus: Corpus, out: str | Path, *, train: TrainSpec 
             `eval_loss`.
         out: Folder of the run; made if absent, and gone on with if it holds the same training.
         train: How to train; the defaults of `TrainSpec` if None.
+        report_to: Where else to log, by `transformers`' names: `"tensorboard"` (in `out/tensorboard`), `"wandb"`, ...
 
     Returns:
         The finished run.
 
     Raises:
-        RunError: `out` holds another training or something else; nothing is touched.
-        TrainingError: The loss is not finite.
+        RunError: `out` holds another training or something else, or another process is training in it; nothing is
+            touched.
+        TrainingError: The disk has too little room; or the loss is not finite, or has diverged.
         ValueError: The corpus's rows are longer than the model's context, or it is shorter than one batch.
 
-    Cost: `steps` forward and backward passes, and `eval_rows` forward rows at each checkpoint.
+    Cost: `steps` forward and backward passes, and `eval_rows` forward rows at each checkpoint; the floor of `eval_rows`
+    rows once. Disk: the weights at each checkpoint, and three times the weights until the end, for resuming.
     """
     out, settings = Path(out), train or TrainSpec()
     manifest = _plan(spec, corpus, settings)
     existing = _check_folder(out, manifest)
     if existing is not None and existing.finished:
         return Run.open(out)
-    main = PartialState().is_main_process
-    if main:
-        (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        if existing is None:
-            manifest.write(out)
-    with _callers_random_state(), quiet_transformers():
-        _Session(manifest, corpus, out).run()
-    if main:
-        manifest.model_copy(update={"finished": True}).write(out)
-        shutil.rmtree(out / TRAINER, ignore_errors=True)
-    PartialState().wait_for_everyone()
+    with _only_process_in(out), _callers_random_state(), quiet_transformers():
+        if _processes().is_main_process:
+            _announce(manifest, corpus, out)
+            (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            if existing is None:
+                manifest.write(out)
+        _Session(manifest, corpus, out, report_to).run()
+        if _processes().is_main_process:
+            hashes = {step: weights_sha256(checkpoint_folder(out, step)) for step in manifest.checkpoint_steps}
+            manifest.model_copy(update={"finished": True, "weights_sha256": hashes}).write(out)
+            shutil.rmtree(out / TRAINER, ignore_errors=True)
+    _processes().wait_for_everyone()
     return Run.open(out)
+
+
+def _on_cpu() -> bool:
+    """Whether to train on the CPU: there is nothing else, or `accelerate launch --cpu` said so."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def _processes() -> PartialState:
+    """The processes that train together; one, unless a launcher started more."""
+    return PartialState(cpu=_on_cpu())
 
 
 def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
@@ -114,23 +158,36 @@ def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
             f"one pass over {corpus.n_rows} rows is {steps} steps of {train.batch_size} rows, which must be more than "
             f"warmup_steps={train.warmup_steps}: use a longer corpus, smaller batches, a shorter warm-up, or give steps"
         )
-    n_processes = PartialState().num_processes
-    if train.batch_size % n_processes:
-        raise ValueError(f"batch_size={train.batch_size} must be divisible by the {n_processes} processes")
-    device = PartialState().device or torch.device("cpu")
-    precision = "bfloat16 autocast" if _uses_bf16() else "float32"
+    if beyond := [step for step in train.checkpoints_at if step > steps]:
+        raise ValueError(f"checkpoints_at={beyond} lie beyond the {steps} steps of one pass over the corpus")
+    n_processes = _processes().num_processes
+    if train.batch_size % (n_processes * train.gradient_accumulation):
+        raise ValueError(
+            f"batch_size={train.batch_size} must be divisible by {n_processes} processes x "
+            f"gradient_accumulation={train.gradient_accumulation}"
+        )
+    device = _processes().device or torch.device("cpu")
+    precision = "bfloat16 autocast" if _uses_bf16(train) else "float32"
+    compiled = ", compiled" if _compiles(train) else ""
     return Manifest(
         model=spec,
         train=train,
         corpus=corpus.description,
+        text_sha256=text_sha256(corpus),
         steps=steps,
-        device=f"{n_processes} x {device.type}, {precision}",
+        device=f"{n_processes} x {device.type}, {precision}{compiled}",
         versions=package_versions(),
     )
 
 
-def _uses_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def _uses_bf16(train: TrainSpec) -> bool:
+    if train.precision == "auto":
+        return not _on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return train.precision == "bfloat16"
+
+
+def _compiles(train: TrainSpec) -> bool:
+    return not _on_cpu() and torch.cuda.is_available() if train.compile is None else train.compile
 
 
 def _check_folder(out: Path, manifest: Manifest) -> Manifest | None:
@@ -146,10 +203,54 @@ def _check_folder(out: Path, manifest: Manifest) -> Manifest | None:
             )
         return existing
     # A kill before the manifest was renamed into place leaves only our own temporary file and an empty folder.
-    ours = {f".{MANIFEST}.tmp", CHECKPOINTS}
+    ours = {f".{MANIFEST}.tmp", CHECKPOINTS, LOCK}
     if out.is_dir() and any(path.name not in ours for path in out.iterdir()):
         raise RunError(f"{out} is not empty and not a run; choose another folder")
     return None
+
+
+@contextmanager
+def _only_process_in(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases when a process dies; the file is gone when training has ended."""
+    if not _processes().is_main_process:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(
+            f"another process is training in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _announce(manifest: Manifest, corpus: Corpus, out: Path) -> None:
+    """Say what will be trained and what it takes on disk; refuse if there is not that much."""
+    vocab_size, n_ctx = corpus.grammar.vocab_size, corpus.context
+    n_parameters = manifest.model.n_parameters(vocab_size, n_ctx=n_ctx)
+    weights = manifest.model.n_bytes(vocab_size, n_ctx=n_ctx)
+    n_kept, n_saved = len(manifest.checkpoint_steps), len(_saved_steps(out))
+    # For a moment the state for resuming is on disk twice: the new one, and the old one until the new one counts.
+    needed = weights * (max(n_kept - n_saved, 0) + 2 * _STATE_WEIGHTS)
+    free = shutil.disk_usage(out).free
+    tokens = manifest.train.batch_size * corpus.context
+    announce(
+        f"{out}: {manifest.model.architecture} of {n_parameters:,} parameters on "
+        f"{manifest.device}; {manifest.steps:,} steps of {tokens:,} tokens. Disk: {n_kept} checkpoints of "
+        f"{decimal(weights)}, {decimal(n_kept * weights)} in all, and up to {decimal(2 * _STATE_WEIGHTS * weights)} for "
+        f"resuming until the end ({decimal(free)} free)"
+    )
+    if needed > free:
+        raise TrainingError(
+            f"{out}: {decimal(needed)} are needed on disk and {decimal(free)} are free. Use fewer checkpoints "
+            f"(n_checkpoints={manifest.train.n_checkpoints}), a smaller model, or a folder on another disk"
+        )
 
 
 @contextmanager
@@ -165,18 +266,37 @@ def _callers_random_state() -> Iterator[None]:
 
 
 class _Rows(Dataset):
-    """The rows of all steps in order, read a batch at a time."""
+    """The rows of all steps in order, read a batch at a time, the next batch while this one is trained on.
 
-    def __init__(self, corpus: Corpus, n_rows: int) -> None:
+    Args:
+        corpus: The text.
+        n_rows: Rows of all steps, which may be more than the corpus has.
+        stride: Rows from the beginning of one batch to that of the next which this process asks for.
+    """
+
+    def __init__(self, corpus: Corpus, n_rows: int, *, stride: int) -> None:
         self.corpus = corpus
         self.n_rows = n_rows
+        self.stride = stride
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
 
     def __len__(self) -> int:
         return self.n_rows
 
-    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Rows of a batch of consecutive indices, [batch, position]."""
-        start, stop = indices[0], indices[-1] + 1
+    def __getitems__(self, indices: Sequence[int]) -> Int[Tensor, "row context"]:
+        """Rows of a batch of consecutive indices."""
+        wanted = indices[0], indices[-1] + 1
+        # One thread reads all batches, so that two never make the same block of text.
+        ahead = self._ahead if self._ahead and self._ahead[0] == wanted else (wanted, self._read(*wanted))
+        following = wanted[0] + self.stride, wanted[1] + self.stride
+        self._ahead = following, self._read(*following)
+        return ahead[1].result()
+
+    def _read(self, start: int, stop: int) -> Future[Tensor]:
+        return self._reader.submit(self._rows, start, stop)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
         parts = []
         while start < stop:
             first = start % self.corpus.n_rows
@@ -186,33 +306,37 @@ class _Rows(Dataset):
         return torch.from_numpy(np.concatenate(parts))
 
 
-def _batch(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def _batch(rows: Tensor) -> dict[str, Tensor]:
     return {"input_ids": rows}
 
 
-def next_token_loss(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each next token, nats; rows [batch, position]."""
+def next_token_loss(model: torch.nn.Module, rows: Int[Tensor, "row context"], *, mean: bool = True) -> Tensor:
+    """Cross-entropy of each next token in nats: its mean, or by row and position, `[row, context - 1]`."""
     logits = model(input_ids=rows).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="mean" if mean else "none")
+    return loss if mean else loss.view(len(rows), -1)
 
 
 class _Trainer(Trainer):
     """The Trainer without what a plain next-token loss on rows of one length does not need; hands on every loss."""
 
-    def __init__(self, *args: Any, on_loss: Callable[[torch.Tensor], None], **kwargs: Any) -> None:
+    # The loss is a mean over the rows of one part of a batch: the Trainer divides it by the number of parts.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, on_loss: Callable[[Tensor], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.on_loss = on_loss
 
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: torch.nn.Module, inputs: dict[str, Any], **_: Any
-    ) -> torch.Tensor:
+    ) -> Tensor:
         return next_token_loss(model, inputs["input_ids"])
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The default walks over all parameters at every step, for a number that we do not report.
         return 0
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self.on_loss(loss)
         return loss
@@ -225,27 +349,33 @@ class _Session(TrainerCallback):
     state's folder counts only once the pointer names it; the pointer carries the log, so the log file is only a copy.
     """
 
-    def __init__(self, manifest: Manifest, corpus: Corpus, out: Path) -> None:
+    def __init__(self, manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[str]) -> None:
         self.manifest = manifest
         self.out = out
-        self.main = PartialState().is_main_process
+        self.main = _processes().is_main_process
         settings = manifest.train
-        self.checkpoints = set(checkpoint_steps(manifest.steps, settings.n_checkpoints))
+        self.checkpoints = set(manifest.checkpoint_steps)
         self.log_every = max(1, manifest.steps // _LOG_LINES)
         self.tokenizer = word_level_tokenizer(corpus.grammar)
-        held_out = corpus.held_out(
+        self.step_tokens = settings.batch_size * corpus.context
+        self.part_rows = settings.batch_size // (_processes().num_processes * settings.gradient_accumulation)
+        self.held_out = corpus.held_out(
             "test" if corpus.split == "validation" else "validation", tokens=settings.eval_rows * corpus.context
         )
-        self.eval_rows = torch.from_numpy(held_out.rows(0, settings.eval_rows))
+        self.eval_rows = torch.from_numpy(self.held_out.rows(0, settings.eval_rows))
+        self.floor: xr.Dataset | None = None
+        self.evaluation: dict[str, list[float]] = {}
         self.log: list[dict[str, float | None]] = []
-        self.loss_sum: torch.Tensor | float = 0.0
-        self.loss_count = 0
+        self.part_losses: list[Tensor] = []
+        self.losses: list[float] = []
         self.learning_rate = 0.0
-        self.last_save = time.monotonic()
+        self.last_line = self.last_save = time.monotonic()
+        self.tokens_since_line = 0
+        self.note = ""
         self.save_seconds = 0.0
-        self.trainer = self._make_trainer(corpus)
+        self.trainer = self._make_trainer(corpus, report_to)
 
-    def _make_trainer(self, corpus: Corpus) -> _Trainer:
+    def _make_trainer(self, corpus: Corpus, report_to: Sequence[str]) -> _Trainer:
         settings = self.manifest.train
         model = self.manifest.model.build(
             vocab_size=corpus.grammar.vocab_size,
@@ -255,8 +385,10 @@ class _Session(TrainerCallback):
         )
         arguments = TrainingArguments(
             output_dir=str(self.out / TRAINER),
+            run_name="/".join(self.out.parts[-2:]),
             max_steps=self.manifest.steps,
-            per_device_train_batch_size=settings.batch_size // PartialState().num_processes,
+            per_device_train_batch_size=self.part_rows,
+            gradient_accumulation_steps=settings.gradient_accumulation,
             learning_rate=settings.learning_rate,
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],
@@ -267,17 +399,20 @@ class _Session(TrainerCallback):
             warmup_steps=settings.warmup_steps,
             optim="adamw_torch_fused",
             seed=settings.seed,
-            bf16=_uses_bf16(),
+            use_cpu=_on_cpu(),
+            bf16=_uses_bf16(settings),
+            torch_compile=_compiles(settings),
             train_sampling_strategy="sequential",
             dataloader_drop_last=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
+            dataloader_pin_memory=not _on_cpu(),
             remove_unused_columns=False,
             logging_strategy="no",
             save_strategy="no",
             eval_strategy="no",
             logging_nan_inf_filter=False,
             disable_tqdm=True,
-            report_to="none",
+            report_to=list(report_to) or "none",
         )
         # Several devices in one process would multiply the batch (DataParallel); several processes share it.
         arguments._n_gpu = min(1, arguments.n_gpu)
@@ -285,11 +420,19 @@ class _Session(TrainerCallback):
             model,
             arguments,
             data_collator=_batch,  # pyright: ignore[reportArgumentType]
-            train_dataset=_Rows(corpus, self.manifest.steps * settings.batch_size),
+            train_dataset=_Rows(
+                corpus,
+                self.manifest.steps * settings.batch_size,
+                stride=self.part_rows * _processes().num_processes,
+            ),
             callbacks=[self],
             on_loss=self._add_loss,
         )
         trainer.remove_callback(PrinterCallback)
+        for callback in trainer.callback_handler.callbacks:
+            # Its default is inside the state for resuming, which is removed at the end.
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = callback.logging_dir or str(self.out / "tensorboard")
         return trainer
 
     @property
@@ -299,44 +442,47 @@ class _Session(TrainerCallback):
     def run(self) -> None:
         """Train from the start or from the state that the last call left."""
         step, state = self._resume()
-        if state is None:
-            self._log_line(0)
-            self._save_weights(0)
-        if step == self.manifest.steps:
-            return
-        with track(
-            f"training {'/'.join(self.out.parts[-2:])}", total=self.manifest.steps, completed=step
-        ) as self.advance:
-            self.trainer.train(resume_from_checkpoint=str(state) if state else None)
+        self.floor = self._floor()
+        name = "/".join(self.out.parts[-2:])
+        with track(f"training {name}", total=self.manifest.steps, completed=step) as self.advance:
+            if state is None:
+                self._log_line(0)
+                self._save_weights(0)
+            if step < self.manifest.steps:
+                self.trainer.train(resume_from_checkpoint=str(state) if state else None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Log, evaluate, keep a checkpoint and ask for the trainer's state to be saved, each when it is due."""
         step = state.global_step
         is_checkpoint = step in self.checkpoints
-        self.advance()
-        if is_checkpoint or step % self.log_every == 0:
+        is_line = is_checkpoint or step % self.log_every == 0
+        self.tokens_since_line += self.step_tokens
+        if is_line:
             self._log_line(step)
+        self.advance(note=self.note)
         if is_checkpoint:
             self._save_weights(step)
-        pause = max(_STATE_SECONDS, _STATE_SHARE * self.save_seconds)
-        if is_checkpoint or time.monotonic() - self.last_save > pause:
+        if is_checkpoint or self._state_is_due(is_line):
             control.should_save = True
             self.save_started = time.monotonic()
 
+    def _state_is_due(self, is_line: bool) -> bool:
+        """Whether it is time to save the trainer's state; the processes' clocks differ, so the first one decides."""
+        pause = max(_STATE_SECONDS, _STATE_SHARE * self.save_seconds)
+        due = time.monotonic() - self.last_save > pause
+        if _processes().num_processes == 1:
+            return due
+        return is_line and bool(broadcast(torch.tensor(due, device=self.model.device)))
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Point to the state that the Trainer has just written, then remove those before it."""
-        if not self.main:
-            return
+        self._collect_losses()
+        _processes().wait_for_everyone()  # each process writes its own random state
         folder = self.out / TRAINER
-        pointer = {
-            "step": state.global_step,
-            # A float32 survives the way through a decimal float64 exactly.
-            "loss_sum": float(self.loss_sum),
-            "loss_count": self.loss_count,
-            "log": self.log,
-        }
-        write_whole(folder / _POINTER, json.dumps(pointer))
-        _remove_states(folder, keep=state.global_step)
+        pointer = {"step": state.global_step, "losses": self.losses, "log": self.log}
+        if self.main:
+            write_whole(folder / _POINTER, json.dumps(pointer))
+            _remove_states(folder, keep=state.global_step)
         self.last_save = time.monotonic()
         self.save_seconds = self.last_save - self.save_started
 
@@ -351,50 +497,91 @@ class _Session(TrainerCallback):
         step = pointer["step"]
         if self.main:
             _remove_states(folder, keep=step)
-        self.log = pointer["log"]
-        self.loss_count = pointer["loss_count"]
-        self.loss_sum = torch.tensor(pointer["loss_sum"], device=self.model.device)
+        self.log, self.losses = pointer["log"], pointer["losses"]
         return step, folder / f"checkpoint-{step}"
 
-    def _add_loss(self, loss: torch.Tensor) -> None:
-        self.loss_sum = self.loss_sum + loss
-        self.loss_count += 1
+    def _floor(self) -> xr.Dataset | None:
+        """The ideal predictor's loss on the held-out rows; None where rows begin inside documents."""
+        if self.held_out.packed:
+            return None
+        path = self.out / FLOOR
+        if self.main and not path.is_file():
+            with track("the ideal predictor's loss", total=1):
+                results.save(self.held_out.floor(len(self.eval_rows)), path)
+        _processes().wait_for_everyone()
+        return results.load(path)
+
+    def _add_loss(self, loss: Tensor) -> None:
+        self.part_losses.append(loss)
         scheduler: Any = self.trainer.lr_scheduler
         self.learning_rate = scheduler.get_last_lr()[0]
 
+    def _collect_losses(self) -> None:
+        """Wait for the device, and turn the losses of the parts on all devices into one of each step."""
+        if not self.part_losses:
+            return
+        parts = torch.stack(self.part_losses)
+        by_process = torch.as_tensor(self.trainer.accelerator.gather(parts[None]))
+        by_step = by_process.double().mean(0).view(-1, self.manifest.train.gradient_accumulation).sum(1)
+        self.losses += by_step.tolist()
+        self.part_losses.clear()
+
     def _log_line(self, step: int) -> None:
-        """Add a line to the log; stop here if the loss is no longer a number, before anything bad is saved."""
-        loss: float | None = None
-        learning_rate: float | None = None
-        if self.loss_count:
-            total = torch.as_tensor(self.loss_sum, device=self.model.device)
-            mean = torch.as_tensor(self.trainer.accelerator.gather(total)).mean().item()
-            loss, learning_rate = mean / self.loss_count, self.learning_rate
-            self.loss_sum, self.loss_count = 0.0, 0
-        eval_loss = self._evaluate() if step in self.checkpoints else None
-        bad = [value for value in (loss, eval_loss) if value is not None and not math.isfinite(value)]
+        """Add a line to the log; stop here if the training has failed, before anything bad is saved."""
+        self._collect_losses()
+        bad = [i for i, loss in enumerate(self.losses) if not math.isfinite(loss)]
         if bad:
-            before = self.log[-1]["step"] if self.log else 0
-            good = max(_saved_steps(self.out), default=None)
-            raise TrainingError(
-                f"{self.out}: the loss became {bad[0]} between steps {before} and {step}; the last good checkpoint is "
-                f"that of step {good}. Train into another folder with a lower learning_rate, a longer warm-up or a "
-                "smaller max_grad_norm"
-            )
-        self.log.append({"step": step, "loss": loss, "eval_loss": eval_loss, "learning_rate": learning_rate})
+            raise self._failure(f"the loss was not finite at step {step - len(self.losses) + 1 + bad[0]}")
+        line: dict[str, float | None] = {"step": step, "loss": None, "eval_loss": None, "floor": None}
+        if self.losses:
+            line["loss"] = math.fsum(self.losses) / len(self.losses)
+        if step in self.checkpoints:
+            self.evaluation = self._evaluate()
+            line["eval_loss"] = math.fsum(self.evaluation["loss"]) / len(self.evaluation["loss"])
+            if not math.isfinite(line["eval_loss"]):
+                raise self._failure(f"the held-out loss was not finite at step {step}")
+            if self.floor is not None and math.isfinite(self.floor.floor_mean):
+                line["floor"] = float(self.floor.floor_mean)
+        line["learning_rate"] = self.learning_rate if self.losses else None
+        self.losses = []
+        self.log.append(line)
+        if divergence := diverged(self.log):
+            raise self._failure(divergence)
         if self.main:
             write_whole(self.out / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
+        self._report(line)
+
+    def _report(self, line: dict[str, float | None]) -> None:
+        """Show loss and speed in the progress row, and hand them to whatever `report_to` names."""
+        now = time.monotonic()
+        speed = self.tokens_since_line / (now - self.last_line)
+        self.last_line, self.tokens_since_line = now, 0
+        values = {name: value for name, value in line.items() if value is not None and name != "step"}
+        if "loss" in values:
+            self.note = f"loss {values['loss']:.4f}, {speed:,.0f} tokens/s"
+            values["tokens_per_second"] = speed
+        self.trainer.log(values)
+
+    def _failure(self, what: str) -> TrainingError:
+        good = max(_saved_steps(self.out), default=None)
+        return TrainingError(
+            f"{self.out}: {what}; the last good checkpoint is that of step {good}. Train into another folder with a "
+            "lower learning_rate, a longer warm-up or a smaller max_grad_norm"
+        )
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Mean next-token loss on the validation rows, nats."""
-        model, batch_size = self.model, self.manifest.train.batch_size
+    def _evaluate(self) -> dict[str, list[float]]:
+        """Next-token loss on the held-out rows by position from 1, in nats, and its standard error over rows."""
+        model = self.model
         model.eval()
-        total = 0.0
-        for rows in self.eval_rows.split(batch_size):
-            total += float(next_token_loss(model, rows.to(model.device))) * len(rows)
+        parts = [
+            next_token_loss(model, rows.to(model.device), mean=False).double().cpu()
+            for rows in self.eval_rows.split(self.part_rows)
+        ]
         model.train()
-        return total / len(self.eval_rows)
+        losses: Float[Tensor, "row position"] = torch.cat(parts)
+        error = losses.std(0) / math.sqrt(len(losses))
+        return {"loss": losses.mean(0).tolist(), "loss_error": error.tolist()}
 
     def _save_weights(self, step: int) -> None:
         """Keep a checkpoint: all of it or, after a kill, nothing."""
@@ -405,7 +592,29 @@ class _Session(TrainerCallback):
         shutil.rmtree(temporary, ignore_errors=True)
         self.model.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
+        write_whole(temporary / EVALUATION, json.dumps(self.evaluation) + "\n")
         temporary.rename(folder)
+
+
+def diverged(log: Sequence[dict[str, float | None]]) -> str | None:
+    """How the losses of a log show that training has diverged; None if they do not.
+
+    It has if ten log points in a row lie above the middle between the untrained model's held-out loss and the lowest
+    training loss so far, provided that half a nat had been learned; or, before that, 1 nat above the untrained model's.
+    """
+    untrained = log[0]["eval_loss"]
+    lines = [(line["step"], line["loss"]) for line in log if line["loss"] is not None]
+    if untrained is None or len(lines) < _LOST_LINES:
+        return None
+    losses = [loss for _, loss in lines if loss is not None]
+    lowest = min(losses)
+    limit = (untrained + lowest) / 2 if untrained - lowest > _LEARNED else untrained + _ABOVE_UNTRAINED
+    if min(losses[-_LOST_LINES:]) <= limit:
+        return None
+    return (
+        f"the loss has diverged: since step {lines[-_LOST_LINES][0]:.0f} it has been above {limit:.3g} nats, {losses[-1]:.3g} "
+        f"at step {lines[-1][0]:.0f} (lowest so far {lowest:.3g}, untrained {untrained:.3g})"
+    )
 
 
 def _saved_steps(out: Path) -> list[int]:

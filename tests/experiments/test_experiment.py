@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mechhier.cli import app
 from mechhier.experiments import Experiment
+from mechhier.models import Run
 from mechhier.specs import SpecError
 
 ARM = {
@@ -106,6 +107,27 @@ def test_sigkill_and_the_same_command_give_the_results_of_an_uninterrupted_one(s
     xr.testing.assert_identical(*trees)
 
 
+@pytest.mark.slow
+def test_several_seeds_are_trained_apart_and_stand_side_by_side_in_the_report(tmp_path):
+    spec = {**TINY, "seeds": [3, 5], "phenomena": {"induction": {"n_sequences": 4}}}
+    path, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(spec))
+    only = CliRunner().invoke(app, ["train", str(path), "--out", str(out), "--only", "pool_seed5"])
+    assert only.exit_code == 0, only.output
+    assert [folder.name for folder in out.iterdir()] == ["pool_seed5"]
+    wrong = CliRunner().invoke(app, ["train", str(path), "--out", str(out), "--only", "pool"])
+    assert wrong.exit_code == 1
+    assert "choose from ngram_seed3, ngram_seed5, pool_seed3, pool_seed5" in wrong.output
+    result = CliRunner().invoke(app, ["run", str(path), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    runs = {seed: Run.open(out / f"pool_seed{seed}" / "run") for seed in (3, 5)}
+    for seed, run in runs.items():
+        assert (run.train_spec.seed, run.corpus.seed) == (seed, seed)
+    assert runs[3].manifest.weights_sha256[0] != runs[5].manifest.weights_sha256[0]
+    assert runs[3].manifest.text_sha256 != runs[5].manifest.text_sha256
+    assert "ngram_seed5" in (out / "report.html").read_text()
+
+
 def test_packaged_demo_is_valid_and_reads_nothing_twice():
     demo = Experiment.read("demo")
     assert list(demo.arms) == ["pool", "per_document", "fixed", "ngram"]
@@ -121,6 +143,9 @@ def test_packaged_demo_is_valid_and_reads_nothing_twice():
         (lambda spec: spec["arms"]["pool"]["grammar"].update(n_word=3), "n_word: Extra inputs"),
         (lambda spec: spec["arms"]["pool"]["grammar"].update(n_words=0), "greater than or equal to 1"),
         (lambda spec: spec["arms"]["pool"]["train"].pop("steps"), "train.steps is required"),
+        (lambda spec: spec["arms"]["pool"]["train"].update(seed=1), "train.seed is given by the experiment's seeds"),
+        (lambda spec: spec.update(seeds=[1, 1]), "seeds=.1, 1. repeat"),
+        (lambda spec: spec.update(seeds=[]), "seeds: Tuple should have at least 1 item"),
         (lambda spec: spec["phenomena"].update(hidra={}), "no phenomenon 'hidra'"),
         (lambda spec: spec["phenomena"]["hydra"].update(n_patch=3), "hydra has no options .'n_patch'."),
         (lambda spec: spec["phenomena"]["hydra"].update(seed=3), "hydra has no options .'seed'."),
@@ -148,7 +173,7 @@ def test_missing_files_and_other_text_are_refused(tmp_path):
     with pytest.raises(SpecError, match="is not YAML"):
         Experiment.read(path)
     path.write_text("- 1")
-    with pytest.raises(SpecError, match="must hold the fields title, seed, arms"):
+    with pytest.raises(SpecError, match="must hold the fields title, seeds, arms"):
         Experiment.read(path)
 
 

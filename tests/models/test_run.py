@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ def test_a_run_opens_as_it_was_trained(plan, reference):
 def test_the_log_has_a_line_for_every_log_point(reference):
     log = reference.log
     assert log["step"].to_list() == list(range(13))
+    assert log["tokens"].to_list() == [step * 4 * 12 for step in range(13)]
     assert np.isnan(log["loss"][0])
     assert log["loss"][1:].notna().all()
     assert log["learning_rate"].max() == pytest.approx(3e-3)
@@ -34,6 +36,43 @@ def test_checkpoints_are_named_by_step(reference):
         reference.checkpoint(5)
     with pytest.raises(LookupError):
         reference.load(-2)
+
+
+@pytest.mark.parametrize(
+    ("step", "found"), [("last", 12), (-1, 12), (1.0, 12), (0.0, 0), (0, 0), (1, 1), (0.5, 7), (0.9, 12)]
+)
+def test_checkpoints_are_found_by_step_by_name_and_by_the_nearest_fraction(reference, step, found):
+    assert reference.checkpoint(step) == reference.checkpoint(found)
+
+
+@pytest.mark.parametrize("step", ["first", 1.5, -0.5])
+def test_what_names_no_checkpoint_is_refused(reference, step):
+    with pytest.raises(MissingCheckpointError, match="no checkpoint of step"):
+        reference.checkpoint(step)
+
+
+def test_a_whole_run_passes_its_check_and_every_damage_is_listed(reference, tmp_path):
+    reference.check()
+    shutil.copytree(reference.path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    shutil.rmtree(run.checkpoint(7))
+    file = run.checkpoint(12) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    log = run.path / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RunError) as error:
+        run.check()
+    assert "no checkpoints of steps [7]" in str(error.value)
+    assert "weights of step 12 are not" in str(error.value)
+    assert "no lines of steps [12]" in str(error.value)
+    assert "other text" not in str(error.value)
+
+
+def test_a_grammar_that_makes_other_text_is_noticed(reference, plan, monkeypatch):
+    rows = type(plan.corpus).rows
+    monkeypatch.setattr(type(plan.corpus), "rows", lambda self, *span: (rows(self, *span) + 1) % 5)
+    with pytest.raises(RunError, match="makes other text than the model was trained on"):
+        reference.check()
 
 
 @pytest.mark.parametrize("step", [0, -1])

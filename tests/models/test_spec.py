@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
 
-ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "olmo"]
+ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "olmo", "olmo2"]
 
 
 def tiny(architecture, **sizes):
@@ -44,6 +45,24 @@ def test_parameter_count_of_llama_in_closed_form():
     assert spec.n_parameters(vocab) == 2 * vocab * d + layers * (attention + mlp + norms) + d
 
 
+def test_a_checkpoint_takes_the_bytes_that_the_spec_says(tmp_path):
+    spec = tiny("olmo2", n_key_value_heads=2)
+    spec.build(vocab_size=11, n_ctx=16, eos_token_id=10).save_pretrained(tmp_path)
+    assert spec.n_bytes(11) == sum(w.nbytes for w in load_file(tmp_path / "model.safetensors").values())
+    assert spec.n_bytes(11, dtype=torch.bfloat16) == spec.n_bytes(11) / 2
+
+
+def test_presets_are_the_papers_and_a_tiny_model_and_can_be_changed():
+    paper = ModelSpec(preset="paper")
+    assert paper == ModelSpec("llama", n_layers=16, d_model=256, n_heads=4, d_mlp=1024, n_ctx=512)
+    assert ModelSpec.model_validate({"preset": "tiny", "n_layers": 3}) == ModelSpec(
+        "llama", n_layers=3, d_model=64, n_heads=4
+    )
+    assert ModelSpec("gpt2", preset="tiny").architecture == "gpt2"
+    with pytest.raises(ValidationError, match="no preset 'huge': choose from tiny, paper"):
+        ModelSpec(preset="huge")
+
+
 def test_weights_depend_on_the_seed_alone_and_leave_the_callers_random_state():
     spec, sizes = tiny("llama"), {"vocab_size": 11, "n_ctx": 16, "eos_token_id": 10}
     torch.manual_seed(5)
@@ -70,10 +89,10 @@ def test_every_embedding_row_is_trained(architecture):
         ({"d_model": 12}, "in pairs"),
         ({"architecture": "gpt_neox", "d_model": 8}, "8 or more"),
         ({"architecture": "gpt_neox", "d_model": 48}, "in pairs"),
-        ({"architecture": "olmo", "n_key_value_heads": 2}, "llama only"),
+        ({"architecture": "olmo", "n_key_value_heads": 2}, "applies to llama and olmo2"),
         ({"n_key_value_heads": 3}, "must divide"),
         ({"n_layers": 0}, "greater than or equal to 1"),
-        ({"architecture": "mamba"}, "'llama', 'gpt2', 'gpt_neox' or 'olmo'"),
+        ({"architecture": "mamba"}, "'llama', 'gpt2', 'gpt_neox', 'olmo' or 'olmo2'"),
         ({"width": 3}, "not permitted"),
     ],
 )
@@ -110,6 +129,11 @@ def test_specs_survive_json(architecture):
         {"final_lr_fraction": 1.5},
         {"n_checkpoints": 1},
         {"steps": 50, "warmup_steps": 50},
+        {"steps": 50, "warmup_steps": 5, "checkpoints_at": (51,)},
+        {"checkpoints_at": (-1,)},
+        {"batch_size": 6, "gradient_accumulation": 4},
+        {"precision": "float16"},
+        {"eval_rows": 1},
         {"scheduler": "linear"},
     ],
 )

@@ -1,20 +1,31 @@
 import json
+import math
+import multiprocessing
 import random
+import re
 import signal
-import subprocess
-import sys
+import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechhier.models import training
 from mechhier.models.run import Run, RunError
-from mechhier.models.spec import ModelSpec
-from mechhier.models.training import TrainingError, train
+from mechhier.models.spec import ModelSpec, checkpoint_steps
+from mechhier.models.training import TrainingError, diverged, train
 
 
 class KilledError(BaseException):
@@ -67,9 +78,41 @@ def test_eval_loss_is_hugging_faces_own_on_the_validation_rows(plan, reference):
             assert eval_loss == pytest.approx(model(rows, labels=rows).loss.item(), abs=1e-5)
 
 
+def test_the_held_out_loss_by_position_equals_hugging_faces_and_stands_beside_the_floor(plan, reference):
+    held_out = plan.corpus.held_out("validation", tokens=6 * 12)
+    rows, floor = torch.from_numpy(held_out.rows(0, 6)), held_out.floor(6)
+    evaluation = reference.evaluation
+    assert evaluation.step.values.tolist() == reference.steps
+    assert evaluation.position.values.tolist() == list(range(1, 12))
+    for step in reference.steps:
+        model = AutoModelForCausalLM.from_pretrained(reference.checkpoint(step))
+        with torch.no_grad():
+            losses = cross_entropy(model(rows).logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none").numpy()
+        measured = evaluation.sel(step=step)
+        np.testing.assert_allclose(measured.eval_loss, losses.mean(0), atol=1e-5)
+        half_width = 1.96 * losses.std(0, ddof=1) / math.sqrt(6)
+        np.testing.assert_allclose(measured.eval_loss_high - measured.eval_loss, half_width, atol=1e-5)
+    np.testing.assert_array_equal(evaluation.floor, floor.floor[1:])
+    assert evaluation.attrs["method"] == floor.attrs["method"]
+    assert reference.log["floor"].dropna().unique() == pytest.approx([float(floor.floor_mean)])
+
+
+def test_packed_rows_have_no_floor(plan, tmp_path):
+    packed = plan.corpus.grammar.corpus(tokens=40 * 12, context=12, packed=True)
+    run = train(plan.spec, packed, tmp_path / "run", train=plan.train)
+    assert run.log["floor"].isna().all()
+    assert "floor" not in run.evaluation
+    run.check()
+
+
 def test_a_finished_run_holds_its_checkpoints_and_nothing_to_resume(plan, reference):
-    assert reference.steps == training.checkpoint_steps(12, 5)
-    assert sorted(path.name for path in reference.path.iterdir()) == ["checkpoints", "log.jsonl", "manifest.json"]
+    assert reference.steps == checkpoint_steps(12, 5)
+    assert sorted(path.name for path in reference.path.iterdir()) == [
+        "checkpoints",
+        "floor.nc",
+        "log.jsonl",
+        "manifest.json",
+    ]
     untrained = plan.spec.build(vocab_size=plan.corpus.grammar.vocab_size, eos_token_id=0, n_ctx=12, seed=0)
     for name, weight in weights(reference, 0).items():
         assert torch.equal(weight, untrained.state_dict()[name])
@@ -165,36 +208,71 @@ def test_resuming_does_not_repeat_finished_steps(plan, state_after_every_step, t
     assert steps == [1, 2, 3, 4, 5, 6, 7, "killed", 8, 9, 10, 11, 12]
 
 
-SLOWED_TRAINING = """
-import sys, time
-from mechhier.models import training
+def _train_in_a_child(plan, out):
+    """Train in a forked process, which has nothing to import; its state is saved after every step."""
 
-sys.path.insert(0, sys.argv[1])
-from conftest import tiny_plan
+    def child():
+        training._STATE_SECONDS = training._STATE_SHARE = -1.0
+        train(plan.spec, plan.corpus, out, train=plan.train)
 
-write = training.write_whole
-training._STATE_SECONDS = training._STATE_SHARE = -1.0
-training.write_whole = lambda *args: (time.sleep(0.1), write(*args))  # leaves time to be killed between writes
-plan = tiny_plan()
-training.train(plan.spec, plan.corpus, sys.argv[2], train=plan.train)
-"""
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
 @pytest.mark.slow
-def test_after_sigkill_the_same_call_ends_as_if_uninterrupted(plan, reference, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", SLOWED_TRAINING, str(Path(__file__).parent), str(out)])
-    pointer, deadline = out / "trainer" / "latest.json", time.monotonic() + 120
-    while not (pointer.exists() and json.loads(pointer.read_text())["step"] >= 4):
-        assert process.poll() is None, "the training ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+def test_after_ten_sigkills_the_same_call_ends_as_if_uninterrupted(plan, tmp_path):
+    plan.train = plan.train.model_copy(update={"steps": 120, "n_checkpoints": 12})
+    whole = _train_in_a_child(plan, tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
+    out, generator = tmp_path / "run", random.Random(0)
+    pointer = out / "trainer" / "latest.json"
+
+    def last_step():
+        return json.loads(pointer.read_text())["step"] if pointer.exists() else 0
+
+    for _ in range(10):
+        process, step = _train_in_a_child(plan, out), last_step() + generator.randint(0, 9)
+        deadline = time.monotonic() + 120
+        while process.is_alive() and last_step() < step:
+            assert time.monotonic() < deadline
+            process.join(0.002)
+        process.join(generator.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the training ended before it could be killed ten times"
+    assert last_step() > 10
     with pytest.raises(RunError, match="has not finished"):
         Run.open(out)
     train(plan.spec, plan.corpus, out, train=plan.train)
-    assert contents(out) == contents(reference.path)
+    assert contents(out) == contents(tmp_path / "whole")
+    Run.open(out).check()
+
+
+def _train_as_one_of_several(plan, out):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which was alone
+    train(plan.spec, plan.corpus, out, train=plan.train)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_batches_equal_one(plan, reference, tmp_path):
+    debug_launcher(_train_as_one_of_several, args=(plan, tmp_path / "run"), num_processes=2)
+    run = Run.open(tmp_path / "run")
+    assert run.manifest.device == "2 x cpu, float32"
+    columns = ["loss", "eval_loss", "floor"]
+    pd.testing.assert_frame_equal(run.log[columns], reference.log[columns], atol=1e-4, rtol=0)
+    for name, weight in weights(run, 12).items():
+        torch.testing.assert_close(weight, weights(reference, 12)[name], atol=1e-4, rtol=0)
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(plan, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "run" / ".lock"),
+        pytest.raises(RunError, match="another process is training in"),
+    ):
+        train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
 
 
 def test_another_training_in_the_same_folder_is_refused_and_nothing_is_touched(plan, reference):
@@ -240,16 +318,124 @@ def test_one_pass_over_the_corpus_is_the_default_length(plan, tmp_path):
     assert train(plan.spec, plan.corpus, tmp_path / "run", train=settings).steps == [0, 10]
 
 
-def test_a_diverged_training_stops_with_the_last_good_checkpoint(plan, tmp_path):
+def test_a_loss_that_is_not_a_number_stops_training_at_the_last_good_checkpoint(plan, tmp_path, monkeypatch):
     settings = plan.train.model_copy(update={"learning_rate": 1e30})
-    with pytest.raises(TrainingError, match=r"between steps \d+ and \d+.*last good checkpoint is that of step (\d+)"):
+    with pytest.raises(TrainingError, match=r"not finite at step \d+; the last good checkpoint is that of step 1"):
         train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
-    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+    finite = (tmp_path / "run" / "log.jsonl").read_text().splitlines()  # a line every step
+    assert "NaN" not in finite[-1]
+    monkeypatch.setattr(training, "_LOG_LINES", 2)  # a line every 6 steps: the bad step lies between two
+    with pytest.raises(TrainingError, match=f"not finite at step {len(finite)};"):
+        train(plan.spec, plan.corpus, tmp_path / "other", train=settings)
+    for folder in (tmp_path / "other" / "checkpoints").glob("step-*"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo"])
+def test_a_training_that_diverges_with_finite_losses_stops(plan, tmp_path):
+    settings = plan.train.model_copy(update={"learning_rate": 300.0, "steps": 40})
+    with pytest.raises(TrainingError, match=r"diverged: since step \d+ .* last good checkpoint .* lower learning_rate"):
+        train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+
+
+def a_log(*losses, untrained=5.0):
+    first = {"step": 0, "loss": None, "eval_loss": untrained}
+    return [first, *({"step": 10 * i, "loss": loss, "eval_loss": None} for i, loss in enumerate(losses, 1))]
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (
+            [5.0, 2.0, *[3.6] * 10],
+            r"since step 30 .* above 3\.5 nats, 3\.6 at step 120 \(lowest so far 2, untrained 5\)",
+        ),
+        ([*[6.1] * 10], r"since step 10 .* above 6 nats"),
+        ([5.0, 2.0, *[3.6] * 9], None),
+        ([5.0, 2.0, *[3.6] * 9, 3.4], None),
+        ([5.0, 2.0, *[3.6] * 9, 3.4, *[3.6] * 9], None),
+        ([5.0, 4.6, *[5.3] * 30], None),
+    ],
+)
+def test_a_loss_has_diverged_after_ten_bad_log_points_in_a_row(losses, message):
+    found = diverged(a_log(*losses))
+    assert (found is None) if message is None else re.search(message, found)
+
+
+@given(st.lists(st.floats(0.0, 5.9), min_size=1, max_size=40))
+def test_a_loss_that_only_falls_has_never_diverged(losses):
+    assert diverged(a_log(*sorted(losses, reverse=True))) is None
+
+
+@pytest.mark.parametrize("changes", [{"gradient_accumulation": 2}, {"gradient_accumulation": 4}, {"compile": True}])
+def test_the_way_a_step_is_computed_does_not_change_what_is_learned(plan, reference, tmp_path, changes):
+    settings = plan.train.model_copy(update=changes)
+    with torch.compiler.set_stance("force_eager"):  # all but the kernels of torch.compile, which need a compiler
+        run = train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+    columns = ["loss", "eval_loss", "learning_rate"]
+    pd.testing.assert_frame_equal(run.log[columns], reference.log[columns], atol=1e-5, rtol=0)
+    for name, weight in weights(run, 12).items():
+        torch.testing.assert_close(weight, weights(reference, 12)[name], atol=1e-5, rtol=0)
+    assert run.manifest.device == "1 x cpu, float32" + ", compiled" * ("compile" in changes)
+
+
+def test_bfloat16_keeps_float32_weights_and_nearly_the_same_losses(plan, reference, tmp_path):
+    settings = plan.train.model_copy(update={"precision": "bfloat16"})
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+    assert {weight.dtype for weight in weights(run, 12).values()} == {torch.float32}
+    assert run.log["loss"][1:].to_list() == pytest.approx(reference.log["loss"][1:].to_list(), abs=0.02)
+    assert run.log["loss"][12] != reference.log["loss"][12]
+    assert "bfloat16 autocast" in run.manifest.device
+
+
+def test_listed_checkpoints_are_kept_besides_the_grid(plan, reference, tmp_path):
+    settings = plan.train.model_copy(update={"checkpoints_at": (0, 3, 5)})
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+    assert run.steps == [0, 1, 3, 5, 7, 12]
+    assert run.log["eval_loss"].notna().sum() == 6
+    for name, weight in weights(run, 12).items():
+        assert torch.equal(weight, weights(reference, 12)[name])
+
+
+def test_listed_checkpoints_beyond_one_pass_are_refused(plan, tmp_path):
+    settings = plan.train.model_copy(update={"steps": None, "checkpoints_at": (11,)})
+    with pytest.raises(ValueError, match=r"checkpoints_at=\[11\] lie beyond the 10 steps"):
+        train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+
+
+def test_disk_use_is_announced_and_too_small_a_disk_refused(plan, tmp_path, capfd, monkeypatch):
+    n_bytes = plan.spec.n_bytes(plan.corpus.grammar.vocab_size)
+    free = SimpleNamespace(free=(4 + 6) * n_bytes)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: free)
+    train(plan.spec, plan.corpus, tmp_path / "fits", train=plan.train)
+    assert "Disk: 4 checkpoints of 8.9 kB, 35.6 kB in all" in capfd.readouterr().err
+    free.free -= 1
+    with pytest.raises(TrainingError, match=r"89\.0 kB are needed on disk"):
+        train(plan.spec, plan.corpus, tmp_path / "does not", train=plan.train)
+    assert list((tmp_path / "does not").iterdir()) == []
+
+
+def test_the_log_goes_to_tensorboard_too_where_asked(plan, reference, tmp_path):
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train, report_to=["tensorboard"])
+    (events,) = (run.path / "tensorboard").iterdir()
+    assert logged_scalars(events, "train/loss") == pytest.approx(reference.log["loss"][1:].to_list())
+    assert logged_scalars(events, "eval/loss") == pytest.approx(reference.log["eval_loss"].dropna().to_list())
+    assert len(logged_scalars(events, "train/tokens_per_second")) == 12
+    run.check()
+
+
+def logged_scalars(events: Path, tag: str) -> list[float]:
+    """Values of a tag in TensorBoard's file: records of length, checksum, message, checksum."""
+    data, found = events.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found += [value.simple_value for value in event.summary.value if value.tag == tag]
+        data = data[16 + length :]
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo", "olmo2"])
 def test_every_architecture_learns(plan, tmp_path, architecture):
     spec = ModelSpec(architecture, n_layers=1, d_model=16, n_heads=2)
     run = train(spec, plan.corpus, tmp_path / "run", train=plan.train)
@@ -269,12 +455,24 @@ def test_the_callers_random_state_and_terminal_are_left_alone(plan, tmp_path, ca
     assert capfd.readouterr().out.strip() == ""
 
 
-def test_batches_are_consecutive_rows_and_wrap_around(plan):
-    rows = training._Rows(plan.corpus, 1000)
+@pytest.mark.parametrize("stride", [4, 8, 1000])
+def test_batches_are_consecutive_rows_and_wrap_around(plan, stride):
+    rows = training._Rows(plan.corpus, 1000, stride=stride)
     everything = plan.corpus.rows(0, 40)
-    for start, n in [(0, 4), (36, 8), (77, 6), (38, 90)]:
+    for start, n in [(0, 4), (4, 4), (8, 4), (36, 8), (77, 6), (38, 90), (992, 8)]:
         indices = list(range(start, start + n))
         assert np.array_equal(rows.__getitems__(indices).numpy(), everything[np.array(indices) % 40])
+
+
+def test_the_next_batch_is_read_while_this_one_is_trained_on(plan, monkeypatch):
+    read = []
+    rows_of = type(plan.corpus).rows
+    monkeypatch.setattr(type(plan.corpus), "rows", lambda self, *span: read.append(span) or rows_of(self, *span))
+    rows = training._Rows(plan.corpus, 1000, stride=8)
+    for start in (4, 12, 20):
+        rows.__getitems__(list(range(start, start + 4)))
+    rows._ahead[1].result()
+    assert read == [(4, 8), (12, 16), (20, 24), (28, 32)]
 
 
 def test_the_tokenizer_reads_the_grammars_words_and_does_not_invent_others(plan, reference):
