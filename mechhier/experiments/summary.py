@@ -11,7 +11,16 @@ import pandas as pd
 import xarray as xr
 
 from mechhier import results
-from mechhier.report import Section, by_phenomenon, plot, plot_loss, show_attention, write_report
+from mechhier.report import (
+    Section,
+    band_of,
+    by_phenomenon,
+    plot,
+    plot_loss,
+    plot_positions,
+    show_attention,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from mechhier.experiments.experiment import Experiment
@@ -53,14 +62,6 @@ def write_summary(experiment: Experiment, runs: Mapping[str, Run], tree: xr.Data
         provenance={**results.versions(), "experiment": experiment.model_dump(mode="json", exclude_defaults=True)},
     )
     return report.path
-
-
-def band_of(floor: xr.Dataset) -> tuple[float, float]:
-    """Interval of the best possible loss in nats per predicted token; both ends are the same where it is exact."""
-    estimate, error = float(floor.floor_mean), float(floor.floor_mean_error)
-    if np.isnan(error):
-        return float(floor.floor_lower_mean), float(floor.floor_upper_mean)
-    return estimate - 1.96 * error, estimate + 1.96 * error
 
 
 def without_inference(floor: xr.Dataset) -> float:
@@ -105,7 +106,8 @@ def _loss(runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]) -> Section:
             "Training and held-out loss, in nats per predicted token, against the loss of the best possible predictor of "
             "the language: a line where that predictor is known exactly, else a band. Where every document has a "
             "lexicon of its own the table above also has the loss of a predictor that infers nothing from the context: a loss "
-            "below it is evidence of inference in context."
+            "below it is evidence of inference in context. The second figure shows at which positions in the row the loss "
+            "falls, and where the ideal predictor's does."
         ),
         does_not_show=(
             "A loss at the floor says that the predictions are right, not how they are made: that is what the probes are for."
@@ -113,7 +115,8 @@ def _loss(runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]) -> Section:
         figures=[
             plot_loss(
                 {name: run.log for name, run in runs.items()}, {name: band_of(floor) for name, floor in floors.items()}
-            )
+            ),
+            plot_positions({name: run.evaluation for name, run in runs.items()}),
         ],
     )
 

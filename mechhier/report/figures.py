@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
 from mechhier.grammars import Corpus
 from mechhier.report import checkpoint, style, training
+from mechhier.report.circuit import plot_circuit
 from mechhier.report.corpus import plot_corpus
 from mechhier.report.drawing import draw
-from mechhier.report.panels import Curve, CurvePanel, Panel, with_prefix
+from mechhier.report.loss import plot_loss, plot_run
+from mechhier.report.panels import Panel, with_prefix
 from mechhier.report.reading import by_phenomenon, require_one_kind
+
+if TYPE_CHECKING:
+    from mechhier.models import Run
+    from mechhier.models.planted import PlantedModel
 
 TITLES = {
     "induction": "Induction heads",
@@ -33,22 +38,12 @@ COLUMNS = {"induction": 3, "hydra": 2, "function_vectors": 2, "published": 3}
 MAX_COLUMNS = 4
 
 
-@runtime_checkable
-class HasLog(Protocol):
-    """Anything with a training log, above all a `mechhier.models.Run`."""
-
-    @property
-    def log(self) -> pd.DataFrame:
-        """Columns step, loss and eval_loss (nats per token)."""
-        ...
-
-
 def plot(
-    result: xr.Dataset | xr.DataTree | Mapping[str, xr.Dataset] | pd.DataFrame | HasLog | Corpus,
+    result: xr.Dataset | xr.DataTree | Mapping[str, xr.Dataset] | pd.DataFrame | Run | Corpus | PlantedModel,
     *,
     title: str | None = None,
 ) -> go.Figure:
-    """Draw a result: of one model, over training, of several arms, a training log; or a corpus.
+    """Draw a result: of one model, over training, of several arms, a training log; or a corpus, or a planted circuit.
 
     Over training (a `step` dim) the figure shows curves with their intervals and nulls, one line per arm; the step axis
     is logarithmic but shows step 0 (see `mechhier.report.style.StepScale`). Without `step` it shows the model's heads,
@@ -60,7 +55,7 @@ def plot(
 
     Args:
         result: the dataset of a phenomenon, the tree of a sweep, one phenomenon's datasets by arm, a run or its log,
-            or a corpus.
+            a corpus, or a planted model.
         title: of the figure; the default names the phenomenon and the model, or the language.
 
     Returns:
@@ -83,13 +78,19 @@ def plot(
         return plot_loss({"": result})
     if isinstance(result, Mapping) and all(isinstance(dataset, xr.Dataset) for dataset in result.values()):
         return _plot_arms(dict(result), title)
-    if isinstance(result, HasLog):
-        return plot_loss({"": result.log})
     if isinstance(result, Corpus):
         return plot_corpus(result, title=title)
+    # Not at the top: these need transformers, which takes seconds to import.
+    from mechhier.models import Run
+    from mechhier.models.planted import PlantedModel
+
+    if isinstance(result, Run):
+        return plot_run(result, title=title)
+    if isinstance(result, PlantedModel):
+        return plot_circuit(result, title=title)
     raise TypeError(
         f"cannot plot a {type(result).__name__}: accepted are the Dataset of a phenomenon, the DataTree of a sweep, a "
-        "mapping from arm to Dataset, a run, a run's log, and a corpus"
+        "mapping from arm to Dataset, a run, a run's log, a corpus, and a planted model"
     )
 
 
@@ -145,58 +146,3 @@ def _panels(phenomenon: str, arms: Mapping[str, xr.Dataset], scale: style.StepSc
         found = sorted({str(name) for dataset in arms.values() for name in dataset.data_vars})
         raise ValueError(f"nothing to draw in this {phenomenon} result: it holds {', '.join(found) or 'no variable'}")
     return panels
-
-
-def plot_loss(
-    logs: Mapping[str, pd.DataFrame], floors: Mapping[str, tuple[float, float]] | None = None, *, title: str = "Loss"
-) -> go.Figure:
-    """Draw the loss of every arm over training against the floor of its language.
-
-    Args:
-        logs: arm -> log with the columns step, loss (training) and eval_loss (held-out; NaN where not evaluated), in
-            nats per token.
-        floors: arm -> (lower, upper) bound in nats per token of the loss that no model can be below; equal where the
-            floor is known exactly. Arms without one are drawn without.
-        title: of the figure.
-
-    Returns:
-        A plotly figure, a panel per arm.
-
-    Raises:
-        ValueError: for no log, a log without the columns, or a floor of an arm that has no log.
-    """
-    if not logs:
-        raise ValueError("cannot plot the loss: no log was given")
-    floors = floors or {}
-    unknown = sorted(set(floors) - set(logs))
-    if unknown:
-        raise ValueError(f"floors are given for arms without a log: {', '.join(unknown)}")
-    for arm, log in logs.items():
-        missing = sorted({"step", "loss"} - set(log.columns))
-        if missing:
-            raise ValueError(f"the log of arm {arm!r} lacks {', '.join(missing)}; it has {', '.join(log.columns)}")
-    scale = style.StepScale.of(step for log in logs.values() for step in log["step"])
-    panels = [_loss_panel(arm, log, floors.get(arm), scale) for arm, log in logs.items()]
-    return draw(panels, title=title, columns=2)
-
-
-def _loss_panel(arm: str, log: pd.DataFrame, floor: tuple[float, float] | None, scale: style.StepScale) -> CurvePanel:
-    curves = [_logged(log, "loss", "training", color=style.SKY, symbol=None)]
-    if "eval_loss" in log.columns:
-        curves.append(_logged(log, "eval_loss", "held out", color=style.BLUE, symbol="circle"))
-    band = None
-    if floor is not None:
-        lower, upper = floor
-        ends = np.array([log["step"].min(), log["step"].max()], dtype=float)
-        exact = bool(np.isclose(lower, upper))
-        lines = {"floor (exact)": lower} if exact else {"floor: lower bound": lower, "floor: upper bound": upper}
-        for (label, value), dash in zip(lines.items(), ("dash", "dot"), strict=False):
-            curves.append(Curve(label, ends, np.full(2, value), style.VERMILLION, dash=dash, symbol=None))
-        band = None if exact else (lower, upper)
-    return CurvePanel(arm, "loss (nats per token)", curves, scale, band=band, from_zero=False)
-
-
-def _logged(log: pd.DataFrame, column: str, label: str, *, color: str, symbol: str | None) -> Curve:
-    steps, values = log["step"].to_numpy(dtype=float), log[column].to_numpy(dtype=float)
-    known = np.isfinite(values)
-    return Curve(label, steps[known], values[known], color, symbol=symbol)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -6,7 +8,8 @@ import pytest
 import synthetic_results as synthetic
 import xarray as xr
 
-from mechhier.report import by_phenomenon, plot, plot_loss
+from mechhier.models import Run
+from mechhier.report import by_phenomenon, plot, plot_loss, plot_positions
 from mechhier.report.style import PALETTE, StepScale
 
 
@@ -194,12 +197,58 @@ def test_the_loss_is_drawn_against_its_floor():
     assert [(s.y0, s.y1) for s in figure.layout.shapes] == [(1.5, 2.4)]
 
 
-def test_a_run_and_its_log_are_drawn_as_loss():
-    class Run:
-        log = synthetic.log()
+class Trained(Run):
+    """A run with a log and an evaluation, and nothing on disk."""
 
-    assert len(lines_called(plot(Run()), "training")) == 1
-    assert len(lines_called(plot(Run.log), "held out")) == 1
+    log = synthetic.log()
+    path = Path("runs/pcfg")
+
+    def __init__(self, evaluation):
+        self._evaluation = evaluation
+
+    @property
+    def evaluation(self):
+        return self._evaluation
+
+
+def an_evaluation(*, exact=True, packed=False):
+    loss = np.linspace(2, 1, 12).reshape(3, 4)
+    variables = {"eval_loss": loss, "eval_loss_low": loss - 0.1, "eval_loss_high": loss + 0.1}
+    found = xr.Dataset(
+        {name: (("step", "position"), values) for name, values in variables.items()},
+        coords={"step": [0, 10, 400], "position": [1, 2, 3, 4]},
+    )
+    if packed:
+        return found
+    floor = np.array([0.9, 0.8, 0.7, 0.6]) if exact else np.full(4, np.nan)
+    for name, values in (("floor", floor), ("floor_lower", np.full(4, 0.5)), ("floor_upper", np.full(4, 1.5))):
+        found[name] = ("position", values)
+        found[f"{name}_mean"] = float(values.mean())
+    return found.assign(floor_mean_error=0.0 if exact else np.nan)
+
+
+def test_a_log_is_drawn_as_loss():
+    assert len(lines_called(plot(synthetic.log()), "held out")) == 1
+
+
+def test_a_run_is_drawn_over_training_and_by_position_against_its_floor():
+    figure = plot(Trained(an_evaluation()))
+    assert len(lines_called(figure, "training")) == 1
+    (floor,) = lines_called(figure, "floor (exact)")
+    np.testing.assert_allclose(floor.y, 0.75)
+    (last,) = lines_called(figure, "step 400")
+    assert list(last.x) == [1, 2, 3, 4]
+    np.testing.assert_allclose(last.y, np.linspace(2, 1, 12)[8:])
+    (ideal,) = lines_called(figure, "ideal predictor")
+    np.testing.assert_allclose(ideal.y, [0.9, 0.8, 0.7, 0.6])
+
+
+def test_a_floor_that_is_only_bounded_is_drawn_as_two_lines_and_none_as_none():
+    figure = plot_positions({"bounds": an_evaluation(exact=False), "packed": an_evaluation(packed=True)})
+    assert [set(line.y) for line in lines_called(figure, "floor: lower bound")] == [{0.5}]
+    assert [set(line.y) for line in lines_called(figure, "floor: upper bound")] == [{1.5}]
+    assert not lines_called(figure, "ideal predictor")
+    assert not lines_called(plot(Trained(an_evaluation(packed=True))), "floor (exact)")
 
 
 def test_loss_of_a_wrong_log_or_floor_is_an_error():

@@ -18,16 +18,30 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 SCORE_GAP = 50.0
 """A score this far below the best one gets an attention of exp(-50) = 2e-22."""
+CARRIER = 1000.0
+"""A constant that outweighs everything else in a residual stream; float32 still resolves a 1 beside it to 1e-6."""
 
 
 class Builder:
     """An all-zero GPT-2 with one-hot embeddings, and the subspaces to write heads in."""
 
     def __init__(
-        self, vocab_size: int, n_ctx: int, *, n_layers: int = 2, n_units: int | None = None, n_extra: int = 0
+        self,
+        vocab_size: int,
+        n_ctx: int,
+        *,
+        min_vocab_size: int = 4,
+        n_layers: int = 2,
+        n_units: int | None = None,
+        n_extra: int = 0,
     ) -> None:
-        if vocab_size < 2 or n_ctx < 2:
-            raise ValueError(f"vocab_size and n_ctx must be at least 2, not {vocab_size} and {n_ctx}")
+        for name, size, least in (
+            ("vocab_size", vocab_size, min_vocab_size),
+            ("n_ctx", n_ctx, 8),
+            ("n_layers", n_layers, 1),
+        ):
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {size!r}")
         self.d_head = vocab_size + max(n_ctx, n_extra)
         self.d_model = 2 * self.d_head
         self.token = slice(0, vocab_size)
@@ -71,12 +85,22 @@ class Builder:
         assert self._n_used <= self.d_model
         return slice(start, self._n_used)
 
-    def constant(self) -> int:
-        """A dimension that is 1 at every position: what a threshold is set against, whatever the LayerNorm's scale."""
+    def constant(self, size: float = 1.0) -> int:
+        """A dimension with one value at every position: what a threshold is set against, whatever the LayerNorm's scale."""
         dimension = self.subspace(1).start
         with torch.no_grad():
-            self.model.transformer.wpe.weight[:, dimension] = 1.0
+            self.model.transformer.wpe.weight[:, dimension] = size
         return dimension
+
+    def carrier(self) -> float:
+        """Make every LayerNorm the same fixed factor, and return that factor.
+
+        A constant of `CARRIER` in one dimension outweighs whatever else the residual stream holds: writes of size 1 move
+        the LayerNorm's scale by less than 1e-5. Everything but attention patterns is then linear in the residual stream.
+        """
+        self.constant(CARRIER)
+        # A token and a position.
+        return self.norm_factor(CARRIER, 1.0, 1.0)
 
     def read_against(self, origin: int, maps: Tensor) -> Tensor:
         """Maps whose columns sum to zero, so that the LayerNorm's mean drops out; `origin` is always 0 in the residual."""
@@ -108,6 +132,17 @@ class Builder:
         with torch.no_grad():
             mlp.c_fc.weight.copy_(read)
             mlp.c_proj.weight.copy_(write)
+
+    def linear_mlp(self, layer: int, *, origin: int, source: slice, target: slice, gain: float) -> None:
+        """The MLP writes `gain` times what its LayerNorm makes of one subspace into another of the same size.
+
+        A pair of units per dimension: GELU(x) - GELU(-x) = x, exactly, for GELU is x times an odd function plus 1/2.
+        """
+        size = source.stop - source.start
+        read, write = torch.zeros(self.d_model, 2 * size), torch.zeros(2 * size, self.d_model)
+        read[source] = torch.cat([torch.eye(size), -torch.eye(size)], dim=1)
+        write[:, target] = torch.cat([torch.eye(size), -torch.eye(size)]) * gain
+        self.mlp(layer, read=self.read_against(origin, read), write=write)
 
     def previous_token_head(self, n_ones: int) -> None:
         """Head 0 of layer 0 writes the token of position t - 1 into `previous`; position 0 can only attend to itself."""
