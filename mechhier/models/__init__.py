@@ -9,7 +9,9 @@ from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
 
 if TYPE_CHECKING:
     from mechhier.models import planted
-    from mechhier.models.loading import ModelInfo, ModelLoadError, load_model, model_info
+    from mechhier.models.errors import ModelLoadError
+    from mechhier.models.loading import ModelInfo, load_model, model_info
+    from mechhier.models.revision import Revision, revisions
     from mechhier.models.run import Run, RunError
     from mechhier.models.training import TrainingError, train
 
@@ -17,6 +19,7 @@ __all__ = [
     "ModelInfo",
     "ModelLoadError",
     "ModelSpec",
+    "Revision",
     "Run",
     "RunError",
     "TrainSpec",
@@ -25,15 +28,18 @@ __all__ = [
     "load_model",
     "model_info",
     "planted",
+    "revisions",
     "train",
 ]
 
 # Imported on first use: these modules need torch, transformers or pandas, which take seconds to import.
 _LAZY = {
     "ModelInfo": "loading",
-    "ModelLoadError": "loading",
+    "ModelLoadError": "errors",
     "load_model": "loading",
     "model_info": "loading",
+    "Revision": "revision",
+    "revisions": "revision",
     "Run": "run",
     "RunError": "run",
     "TrainingError": "training",

@@ -9,13 +9,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mechhier.grammars import Corpus
+from mechhier.models.errors import (
+    HubUnreachableError,
+    IncompleteWeightsError,
+    MissingRevisionError,
+    ModelLoadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    WrongDtypeError,
+)
 from mechhier.models.quiet import quiet_transformers
+from mechhier.models.revision import (
+    cached_hub_revisions,
+    hub_revisions,
+    missing_revision,
+    no_such_hub_model,
+    parse_revision,
+    revision_folders,
+)
 from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
-from mechhier.models.wrapping import UnsupportedModelError, hooked_transformer_class, to_bridge, to_hooked_transformer
+from mechhier.models.weights import ModelFiles, check_memory, n_weights
+from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -26,14 +58,18 @@ if TYPE_CHECKING:
     HookedModel = HookedTransformer | TransformerBridge
 
 ModelClass = Literal["hooked", "bridge"]
+Processing = Literal["none", "folded"]
 
 _ATTRIBUTE = "_mechhier_model_info"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_HUB_STEP = re.compile(r"step[-_]?(\d+)")
-
-
-class ModelLoadError(ValueError):
-    """A model could not be loaded; the message says what was wrong and what to do."""
+_HUB_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+# Where folding was compared with the raw model, on both classes. On OLMo-2, whose norms come after the layers,
+# TransformerLens folds without an error, and probabilities are wrong.
+_FOLDABLE = ("llama", "olmo", "gpt2", "gpt_neox")
 
 
 @dataclass(frozen=True)
@@ -41,13 +77,13 @@ class ModelInfo:
     """What is known about where a hooked model comes from."""
 
     name: str
-    """The run's name, the folder's name, the hub name or the model's own."""
+    """The run's name, the folder's name (of a folder of revisions: the outer one's), the hub name or the model's own."""
     architecture: str
     """Hugging Face's `model_type`: llama, gpt2, gpt_neox, olmo, ..."""
     step: int | None = None
-    """Training step, where the source says it (a run's checkpoint, a hub revision such as `step1000-tokens4B`)."""
+    """Training step, where the source says it (a run's checkpoint, a revision such as `step1000-tokens4B`)."""
     revision: str | None = None
-    """The hub revision that was asked for."""
+    """The revision that was asked for."""
     grammar: Grammar | None = None
     """The grammar that the model was trained on, for a checkpoint of one of our runs."""
     processing: str = "none"
@@ -61,69 +97,98 @@ def load_model(
     revision: str | None = None,
     as_: ModelClass | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    processing: Processing = "none",
 ) -> HookedModel:
-    """Load a model, with its weights unprocessed, as a hooked model.
+    """Load a model as a hooked model, its weights as they were trained unless asked otherwise.
 
-    Nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 in float32). Only safetensors are
-    read, no code of a model's repository is run, and a tokenizer is attached where there is one. `model_info` says
-    where the model came from; a checkpoint of a run also carries its grammar.
+    By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 in float32). Only
+    safetensors are read, no code of a model's repository is run, and a tokenizer is attached where there is one.
+    `model_info` says where the model came from; a checkpoint of a run also carries its grammar. A hub model that is in
+    the hub's cache (of this machine, or shared by a cluster) loads without network.
 
     Args:
-        source: One of: the folder of a run's checkpoint or of any Hugging Face model; a hub name such as
+        source: One of: the folder of a run's checkpoint or of any Hugging Face model; a folder of revisions, that is
+            with one such folder for each (`OLMo-1B-hf/step1000-tokens4B/`); a hub name such as
             `"allenai/OLMo-1B-hf"`; a Hugging Face causal language model in memory (copied, never changed); a
             `HookedTransformer` or `TransformerBridge` (returned as it is).
-        revision: Branch, tag or commit of a hub model.
+        revision: Branch, tag or commit of a hub model, or the subfolder of a folder of revisions; `revisions` lists
+            them.
         as_: `"hooked"` for `HookedTransformer` (TransformerLens 3 only), `"bridge"` for `TransformerBridge`; None takes
             the first where it can represent the model exactly, else the second.
         device: Where to put the model. None: a model in memory stays where it is; else CUDA where there is one, else
             the CPU.
-        dtype: None: a model in memory keeps its own; else float32.
+        dtype: float32, bfloat16, float16 or float64, as `torch.bfloat16` or as `"bfloat16"`, whatever the files hold.
+            None: a model in memory keeps its own; else float32.
+        processing: `"none"`, or `"folded"` for TransformerLens's processed weights: gains and biases of norms folded
+            into the weights that read them, weights that write to the residual stream centred (where the norm is a
+            LayerNorm), the unembedding centred, value biases folded into the output bias. Logits then differ from
+            the raw model's by a constant at each position, so probabilities are the same. Only for llama, olmo, gpt2
+            and gpt_neox in float32 or float64.
 
     Raises:
-        ModelLoadError: Missing folder or revision, no network, an unsupported architecture, weights that are not
-            safetensors, or options that do not apply to the source.
+        ModelNotFoundError: No such folder or hub name, or a folder without a model.
+        MissingRevisionError: The source has no such revision, or it is a folder of revisions and none was named.
+        HubUnreachableError: No network, and the hub's cache has not got the revision.
+        IncompleteWeightsError: Weight files that are absent or cut short, or that lack weights of the model.
+        NoSafetensorsError: No safetensors weights.
+        UnsupportedModelError: An architecture that transformers or TransformerLens does not know, or whose folded
+            weights would be wrong.
+        WrongDtypeError: None of the four dtypes, or folding in less than float32.
+        NotEnoughMemoryError: The weights do not fit into the device's free memory.
+        ModelLoadError: Options that do not apply to the source; the base class of all of the above.
 
-    Cost: no forward pass; memory for two copies of the weights while a `HookedTransformer` is built.
+    Cost: no forward pass. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
+    classes; a `HookedTransformer` with rotary positions also has its tables, 2 x n_layers x n_ctx x d_head numbers,
+    which count only where the context is long for the width. On the CPU, in the dtype of the files, weights stay in
+    the files' pages until they are changed: the files must not be overwritten in place while the model is in use. A
+    model in memory is copied, and folding needs two more copies of the weights.
 
     Example:
-        >>> from mechhier.models.planted import planted_inert
-        >>> model = load_model(planted_inert(vocab_size=8, n_ctx=8).model)
-        >>> model_info(model).architecture
+        >>> from mechhier.models import ModelSpec
+        >>> hf = ModelSpec("gpt2", n_layers=1, d_model=8, n_heads=2).build(vocab_size=8, n_ctx=8, eos_token_id=0)
+        >>> model_info(load_model(hf)).architecture
         'gpt2'
     """
     if as_ not in (None, "hooked", "bridge"):
         raise ModelLoadError(f"as_ must be 'hooked', 'bridge' or None, not {as_!r}")
+    if processing not in ("none", "folded"):
+        raise ModelLoadError(f"processing must be 'none' or 'folded', not {processing!r}")
+    chosen_dtype = None if dtype is None else _floating(dtype)
+    chosen_device = None if device is None else _present(device)
     if not isinstance(source, (str, Path)):
         if revision is not None:
-            raise ModelLoadError("revision applies to hub names only; this model is already in memory")
-        return _from_memory(source, as_=as_, device=device, dtype=dtype)
-    folder = _existing_folder(source)
-    if folder is not None and revision is not None:
-        raise ModelLoadError(f"revision applies to hub names only; {folder} is a local folder")
-    run = None if folder is None else _run_of(folder)  # first, so that a broken manifest is not found after a long load
-    name = str(source) if folder is None else str(folder)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with quiet_transformers():
-        model = _read_weights(name, revision=revision, local=folder is not None, dtype=dtype or torch.float32)
-        model.to(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        hooked = _wrap(model, tokenizer=_read_tokenizer(name, revision=revision), as_=as_)
-    info = ModelInfo(name=name, architecture=model.config.model_type, revision=revision)
-    if folder is None:
-        step = _HUB_STEP.search(revision or "")
-        return _attach(hooked, replace(info, step=int(step[1]) if step else None))
-    if run is None:
-        return _attach(hooked, replace(info, name=folder.resolve().name))
-    path, manifest = run
-    step = int(folder.resolve().name.removeprefix("step-"))
-    return _attach(
-        hooked, replace(info, name=path.name, step=step, grammar=Corpus.from_description(manifest.corpus).grammar)
+            raise ModelLoadError("revision applies to hub names and folders of revisions; this model is in memory")
+        return _from_memory(source, as_=as_, device=chosen_device, dtype=chosen_dtype, processing=processing)
+    files, info = _locate(source, revision)
+    return _from_files(
+        files,
+        info,
+        as_=as_,
+        device=chosen_device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=chosen_dtype or torch.float32,
+        processing=processing,
     )
 
 
 def model_info(model: torch.nn.Module) -> ModelInfo | None:
     """What `load_model` recorded about a hooked model; None for a model that did not come through it."""
     return model.__dict__.get(_ATTRIBUTE)
+
+
+def weight_processing(model: HookedModel) -> str:
+    """What has been done to a hooked model's weights, in `ModelInfo.processing`'s words, read off it as it is now.
+
+    It is `load_model`'s word, unless someone has folded the model since; else `none` for a `TransformerBridge` and
+    `unknown` for a `HookedTransformer`, which does not say whether its weights are centred.
+    """
+    cfg: Any = model.cfg
+    if str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False):
+        return "folded"
+    info = model_info(model)
+    if info is not None:
+        return info.processing
+    return "none" if _hooked_kind(model) == "bridge" else "unknown"
 
 
 def _attach(model: HookedModel, info: ModelInfo) -> HookedModel:
@@ -133,21 +198,127 @@ def _attach(model: HookedModel, info: ModelInfo) -> HookedModel:
     return model
 
 
-def _existing_folder(source: str | Path) -> Path | None:
-    """The folder that the source names, or None for a hub name."""
+def _floating(dtype: torch.dtype | str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise WrongDtypeError(
+            f"dtype must be one of {', '.join(_DTYPES)} (as torch.float32 or as 'float32'), not {dtype!r}"
+        )
+    return _DTYPES[name]
+
+
+def _present(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ModelLoadError(f"device={device!r} is no device of torch: try 'cpu' or 'cuda'") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ModelLoadError(
+            f"device={device!r}, but torch sees {torch.cuda.device_count()} CUDA devices here. What to do: "
+            "device='cpu', or start the program where there is a GPU"
+        )
+    return chosen
+
+
+# Where the files are.
+
+
+def _locate(source: str | Path, revision: str | None) -> tuple[ModelFiles, ModelInfo]:
+    """The files, and all that is known of the model but its architecture, which the config will say."""
     path = Path(source).expanduser()
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
-        if (path / "checkpoints").is_dir():
-            raise ModelLoadError(
-                f"{path} is a run, not a checkpoint: use Run.open({str(path)!r}).load(step) or one of the folders in "
-                f"{path / 'checkpoints'}"
-            )
-        raise ModelLoadError(f"{path} holds no model: there is no config.json in it")
+        return _folder(path) if revision is None else _folder_of_revision(path, revision)
     if isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
-        raise ModelLoadError(f"no folder {path}, and {str(source)!r} is not a hub name of the form 'owner/name'")
-    return None
+        raise ModelNotFoundError(f"no folder {path}, and {str(source)!r} is not a hub name of the form 'owner/name'")
+    return _hub_model(source, revision)
+
+
+def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
+    if not (path / "config.json").is_file():
+        raise _no_model(path)
+    info = ModelInfo(name=path.resolve().name, architecture="")
+    run = _run_of(path)
+    if run is not None:
+        home, manifest = run
+        grammar = Corpus.from_description(manifest.corpus).grammar
+        info = replace(info, name=home.name, step=int(info.name.removeprefix("step-")), grammar=grammar)
+    return ModelFiles(path, what=f"folder {path}", original=repr(str(path))), info
+
+
+def _no_model(path: Path) -> ModelLoadError:
+    if (path / CHECKPOINTS).is_dir():
+        return ModelNotFoundError(
+            f"{path} is a run, not a checkpoint: use Run.open({str(path)!r}).load(step) or one of the folders in "
+            f"{path / CHECKPOINTS}"
+        )
+    names = revision_folders(path)
+    if names:
+        return MissingRevisionError(
+            f"{path} is a folder of {len(names)} revisions; say which one with revision=, for example "
+            f"{', '.join(names[:3])}. mechhier.models.revisions({str(path)!r}) lists them in order of training"
+        )
+    return ModelNotFoundError(f"{path} holds no model: there is no config.json in it, nor in its subfolders")
+
+
+def _folder_of_revision(path: Path, revision: str) -> tuple[ModelFiles, ModelInfo]:
+    folder = path / revision
+    if not (folder / "config.json").is_file():
+        names = revision_folders(path)
+        if not names:
+            raise ModelLoadError(
+                f"revision applies to hub names and folders of revisions only; {path} has no subfolder with a model"
+            )
+        raise missing_revision(revision, names, where=str(path))
+    info = ModelInfo(name=path.resolve().name, architecture="", revision=revision, step=_step(revision))
+    return ModelFiles(folder, what=f"folder {folder}", original=repr(str(folder))), info
+
+
+def _hub_model(name: str, revision: str | None) -> tuple[ModelFiles, ModelInfo]:
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    what = f"{name!r} (revision {revision or 'main'})"
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns="*/*")
+    except RevisionNotFoundError as error:
+        raise missing_revision(
+            str(revision), hub_revisions(name, refresh=True), where=f"{name!r} on the hub"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise no_such_hub_model(name) from error
+    except (HTTPError, OSError) as error:
+        raise _unreachable(name, revision, what=what, command=command, error=error) from error
+    info = ModelInfo(name=name, architecture="", revision=revision, step=_step(revision))
+    repair = f"on a machine with network and the same HF_HOME run\n  {command}"
+    original = repr(name) + (f", revision={revision!r}" if revision else "")
+    files = ModelFiles(Path(folder), what=what, original=original, repair=repair)
+    if not (files.folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{what} has no config.json. What to do: {repair}")
+    return files, info
+
+
+def _unreachable(name: str, revision: str | None, *, what: str, command: str, error: Exception) -> ModelLoadError:
+    listed = cached_hub_revisions(name)
+    if (
+        revision is not None
+        and listed
+        and revision not in listed
+        and not constants.REGEX_COMMIT_OID.fullmatch(revision)
+    ):
+        return missing_revision(revision, listed, where=f"{name!r} (as it was last listed; the hub cannot be reached)")
+    refs = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"
+    present = sorted(str(ref.relative_to(refs)) for ref in refs.rglob("*") if ref.is_file())
+    have = (
+        f"it has these revisions of the model: {', '.join(present[:10])}" if present else "it has nothing of the model"
+    )
+    return HubUnreachableError(
+        f"cannot load {what}: there is no such folder, the hub cannot be reached, and its cache in "
+        f"{constants.HF_HUB_CACHE} has not got it whole; {have}. What to do: on a machine with network and the same "
+        f"HF_HOME run\n  {command}\nThe hub's client says: {error}"
+    )
+
+
+def _step(revision: str | None) -> int | None:
+    parsed = parse_revision(revision or "")
+    return None if parsed is None else parsed.step
 
 
 def _run_of(folder: Path) -> tuple[Path, Manifest] | None:
@@ -162,65 +333,143 @@ def _run_of(folder: Path) -> tuple[Path, Manifest] | None:
         raise ModelLoadError(f"{folder} belongs to a run whose manifest cannot be read: {error}") from error
 
 
-def _read_weights(name: str, *, revision: str | None, local: bool, dtype: torch.dtype) -> PreTrainedModel:
-    where = f"folder {name}" if local else f"{name!r} (revision {revision or 'main'})"
+# From files to a hooked model. All that can be wrong is looked for before the weights are read.
+
+
+def _from_files(
+    files: ModelFiles,
+    info: ModelInfo,
+    *,
+    as_: ModelClass | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    processing: Processing,
+) -> HookedModel:
+    with quiet_transformers():
+        architecture = _architecture(files)
+        _check_processing(processing, architecture, dtype)
+        check_memory(files, n_weights(files), dtype=dtype, device=device)
+        model = _read_weights(files, dtype=dtype, device=device)
+        model.config.name_or_path = info.name
+        tokenizer = _read_tokenizer(files.folder)
+        hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing)
+    return _attach(hooked, replace(info, architecture=architecture, processing=processing))
+
+
+def _architecture(files: ModelFiles) -> str:
+    """The config's `model_type`, if transformers has a causal language model for it."""
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"cannot load {files.what}: {error}. What to do: only architectures that transformers itself has are "
+            "loaded, and no code of a model's repository is run; look for a conversion (OLMo's are named -hf)"
+        ) from error
+    except OSError as error:
+        raise ModelLoadError(f"cannot load {files.what}: {error}. What to do: {files.repair}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"cannot load {files.what}: {config.model_type!r} is no causal language model. What to do: load a model "
+            "that predicts the next token, such as GPT-2, Llama, Pythia or OLMo"
+        )
+    return config.model_type
+
+
+def _read_weights(files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            name,
-            revision=revision or "main",
+            files.folder,
             dtype=dtype,
+            device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
-            local_files_only=local,
+            local_files_only=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        advice = (
-            "the folder must hold the config.json and the safetensors weights of a causal language model"
-            if local
-            else "check the name, the revision and the network; a private model needs `hf auth login`; "
-            "only safetensors weights are read and no remote code is run"
-        )
-        raise ModelLoadError(f"cannot load {where}: {error}\nWhat to do: {advice}") from error
+        raise ModelLoadError(
+            f"cannot load {files.what}: {error}\nWhat to do: the folder must hold the config.json and the safetensors "
+            "weights of one causal language model"
+        ) from error
     if report["missing_keys"]:
         # transformers would fill these with random numbers.
-        raise ModelLoadError(f"cannot load {where}: it has no weights for {sorted(report['missing_keys'])}")
+        raise IncompleteWeightsError(
+            f"cannot load {files.what}: it has no weights for {sorted(report['missing_keys'])}. What to do: "
+            f"{files.repair}"
+        )
     return model
 
 
-def _read_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerBase | None:
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights; None where there is none, which every probe accepts."""
+    # Where there is no vocabulary, transformers invents a tokenizer of a few tokens for gpt2, gpt_neox and olmo.
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        return None
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 
 
-def _wrap(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | None, as_: ModelClass | None) -> HookedModel:
+def _wrap(
+    model: PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    as_: ModelClass | None,
+    processing: Processing,
+) -> HookedModel:
+    """The hooked model; takes over `model`, which must not be used afterwards."""
+    hooked = None
     try:
-        if as_ == "bridge" or (as_ is None and hooked_transformer_class() is None):
-            return to_bridge(model, tokenizer=tokenizer)
-        try:
-            return to_hooked_transformer(model, tokenizer=tokenizer)
-        except UnsupportedModelError:
-            if as_ == "hooked":
-                raise
-            return to_bridge(model, tokenizer=tokenizer)
+        if as_ != "bridge" and (as_ == "hooked" or hooked_transformer_class() is not None):
+            hooked = to_hooked_transformer(model, tokenizer=tokenizer)
     except UnsupportedModelError as error:
-        advice = "load it with as_='bridge'" if as_ == "hooked" else "TransformerLens lists the models it supports"
-        raise ModelLoadError(f"{error}. What to do: {advice}") from error
+        if as_ == "hooked":
+            raise UnsupportedModelError(f"{error}. What to do: load it with as_='bridge'") from error
+    if hooked is not None:
+        if processing == "folded":
+            hooked.process_weights_()
+        return hooked
+    try:
+        bridge = to_bridge(model, tokenizer=tokenizer)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}. What to do: TransformerLens lists the models it supports") from error
+    if processing == "folded":
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    return bridge
+
+
+def _check_processing(processing: Processing, architecture: str, dtype: torch.dtype) -> None:
+    if processing == "none":
+        return
+    if architecture not in _FOLDABLE:
+        raise UnsupportedModelError(
+            f"processing='folded' is not exact for {architecture!r} models (it is for {', '.join(_FOLDABLE)}). What to "
+            "do: leave processing at 'none'; every measure of this package takes raw weights"
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise WrongDtypeError(
+            f"processing='folded' needs float32 or float64, not {dtype}: folded weights are products, which rounding "
+            "would change. What to do: dtype='float32'"
+        )
 
 
 def _from_memory(
-    source: Any, *, as_: ModelClass | None, device: str | torch.device | None, dtype: torch.dtype | None
+    source: Any,
+    *,
+    as_: ModelClass | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    processing: Processing,
 ) -> HookedModel:
     if isinstance(source, PreTrainedModel):
-        # The bridge changes the model it wraps, and .to() moves in place: work on a copy.
+        _check_processing(processing, source.config.model_type, dtype or source.dtype)
+        # The bridge changes the model it wraps, HookedTransformer shares its weights, and .to() moves in place.
         model = copy.deepcopy(source)
         model.to(device=device or source.device, dtype=dtype or source.dtype)  # pyright: ignore[reportCallIssue]
         name = source.config.name_or_path or type(source).__name__
-        info = ModelInfo(name=name, architecture=source.config.model_type)
-        return _attach(_wrap(model, tokenizer=None, as_=as_), info)
+        info = ModelInfo(name=name, architecture=source.config.model_type, processing=processing)
+        return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing), info)
     kind = _hooked_kind(source)
     if kind is None:
         raise ModelLoadError(
@@ -229,9 +478,9 @@ def _from_memory(
         )
     if as_ not in (None, kind):
         raise ModelLoadError(f"the model is already a {type(source).__name__}; as_={as_!r} cannot convert it")
-    if device is not None or dtype is not None:
+    if device is not None or dtype is not None or processing != "none":
         raise ModelLoadError(
-            "a hooked model is returned as it is: move or cast it yourself, or load it from its source"
+            "a hooked model is returned as it is: move, cast or fold it yourself, or load it from its source"
         )
     return source if model_info(source) else _attach(source, _info_of_hooked(source, kind))
 
@@ -253,11 +502,10 @@ def _info_of_hooked(model: HookedModel, kind: ModelClass) -> ModelInfo:
         "GPT2LMHeadModel": "gpt2",
         "GPTNeoXForCausalLM": "gpt_neox",
         "OlmoForCausalLM": "olmo",
+        "Olmo2ForCausalLM": "olmo2",
     }
-    folded = str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False)
-    unprocessed = "none" if kind == "bridge" else "unknown"
     return ModelInfo(
         name=cfg.model_name,
         architecture=architectures.get(class_name, class_name or "unknown"),
-        processing="folded" if folded else unprocessed,
+        processing=weight_processing(model),
     )

@@ -300,7 +300,7 @@ class Run:
         *,
         as_: ModelClass | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> HookedModel:
         """Load one checkpoint as a hooked model that carries the run's grammar.
 

@@ -12,7 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mechhier.models.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -20,10 +24,6 @@ if TYPE_CHECKING:
 
 # Versions of transformers name the same rotary embedding without scaling in these ways.
 _PLAIN_ROPE = {None, "default"}
-
-
-class UnsupportedModelError(ValueError):
-    """The model has a feature that the requested hooked class cannot represent exactly."""
 
 
 def hooked_transformer_class() -> type[HookedTransformer] | None:
@@ -41,7 +41,7 @@ def _sizes(config: Any) -> dict[str, Any]:
         "n_layers": config.num_hidden_layers,
         "n_heads": config.num_attention_heads,
         "d_model": config.hidden_size,
-        "d_head": config.hidden_size // config.num_attention_heads,
+        "d_head": _d_head(config),
         "d_mlp": config.intermediate_size,
         "n_ctx": config.max_position_embeddings,
         "d_vocab": config.vocab_size,
@@ -52,8 +52,12 @@ def _sizes(config: Any) -> dict[str, Any]:
     }
 
 
+def _d_head(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _llama(config: Any) -> dict[str, Any]:
-    _refuse(config, attention_bias=False, mlp_bias=False, head_dim=config.hidden_size // config.num_attention_heads)
+    _refuse(config, attention_bias=False, mlp_bias=False)
     grouped = config.num_key_value_heads != config.num_attention_heads
     return _sizes(config) | {
         "eps": config.rms_norm_eps,
@@ -75,10 +79,23 @@ def _olmo(config: Any) -> dict[str, Any]:
     }
 
 
+def _olmo2(config: Any) -> dict[str, Any]:
+    # The norms of queries and keys are as wide as the residual stream in HookedTransformer.
+    d_head = config.hidden_size // config.num_attention_heads
+    _refuse(config, attention_bias=False, num_key_value_heads=config.num_attention_heads, head_dim=d_head)
+    return _sizes(config) | {
+        "eps": config.rms_norm_eps,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "gated_mlp": True,
+    }
+
+
 def _gpt_neox(config: Any) -> dict[str, Any]:
     _refuse(config, attention_bias=True)
     d_head = config.hidden_size // config.num_attention_heads
     return _sizes(config) | {
+        "d_head": d_head,
         "eps": config.layer_norm_eps,
         "normalization_type": "LN",
         "parallel_attn_mlp": config.use_parallel_residual,
@@ -87,6 +104,7 @@ def _gpt_neox(config: Any) -> dict[str, Any]:
 
 
 def _gpt2(config: Any) -> dict[str, Any]:
+    _refuse(config, add_cross_attention=False)
     return {
         "n_layers": config.n_layer,
         "n_heads": config.n_head,
@@ -107,34 +125,59 @@ def _gpt2(config: Any) -> dict[str, Any]:
 _HOOKED_TRANSFORMER: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "llama": (_llama, "convert_llama_weights"),
     "olmo": (_olmo, "convert_olmo_weights"),
+    "olmo2": (_olmo2, "convert_olmo2_weights"),
     "gpt_neox": (_gpt_neox, "convert_neox_weights"),
     "gpt2": (_gpt2, "convert_gpt2_weights"),
+}
+
+# Settings that TransformerBridge cannot do without: an assertion fails, or its logits are silently wrong.
+_BRIDGE_REQUIRES: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"attention_bias": True},
+    "gpt2": {"scale_attn_weights": True},
 }
 
 
 def _refuse(config: Any, **required: Any) -> None:
     """Raise for a setting that `HookedTransformer`'s converters ignore, and whose logits would silently be wrong."""
-    wrong = {name: getattr(config, name) for name, value in required.items() if getattr(config, name, value) != value}
+    wrong = _differing(config, required)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") not in _PLAIN_ROPE:
         wrong["rope_type"] = rope["rope_type"]
     if wrong:
-        settings = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
-        raise UnsupportedModelError(f"HookedTransformer cannot represent a {config.model_type} model with {settings}")
+        raise _unrepresentable("HookedTransformer", config, wrong)
+
+
+def _differing(config: Any, required: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: getattr(config, name)
+        for name, value in required.items()
+        if getattr(config, name, None) not in (None, value)
+    }
+
+
+def _unrepresentable(class_name: str, config: Any, settings: dict[str, Any]) -> UnsupportedModelError:
+    named = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return UnsupportedModelError(f"{class_name} cannot represent {config.model_type} models with {named}")
 
 
 def to_hooked_transformer(
     model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> HookedTransformer:
-    """Copy a Hugging Face model's weights, unprocessed, into a `HookedTransformer` of the same device and dtype.
+    """Give a Hugging Face model's weights, unprocessed, to a `HookedTransformer` of the same device and dtype.
+
+    Memory: the weights are not copied. **The result shares storage with `model`**: an edit of the one is an edit of
+    the other, so pass a copy to keep yours. Only an unembedding that is tied to the embedding is copied
+    (d_vocab x d_model numbers), because `HookedTransformer` treats the two as separate parameters, and folding or
+    training the one would change the other. No two parameters of the result overlap in memory.
 
     Args:
-        model: A causal language model; left as it is. Memory: one more copy of its weights.
+        model: A causal language model; not changed.
         tokenizer: Attached to the result where given.
 
     Raises:
-        UnsupportedModelError: TransformerLens 4, an architecture outside llama, olmo, gpt_neox and gpt2, or a setting
-            that the converters would silently ignore (scaled rotary embeddings, biases where they expect none).
+        UnsupportedModelError: TransformerLens 4, an architecture outside llama, olmo, olmo2, gpt_neox and gpt2, or a
+            setting that the converters would silently ignore (scaled rotary embeddings, biases where they expect none,
+            grouped queries of OLMo), or one that `HookedTransformer` does not have (an activation function).
     """
     cls = hooked_transformer_class()
     if cls is None:
@@ -145,36 +188,59 @@ def to_hooked_transformer(
         raise UnsupportedModelError(f"no HookedTransformer conversion of {model_type!r} models (there is: {accepted})")
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained import weight_conversions
+    from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
     settings, converter = _HOOKED_TRANSFORMER[model_type]
+    chosen = settings(model.config)
+    if chosen["act_fn"] not in SUPPORTED_ACTIVATIONS:
+        raise _unrepresentable("HookedTransformer", model.config, {"activation": chosen["act_fn"]})
     config = HookedTransformerConfig(
-        **settings(model.config),
+        **chosen,
         model_name=model.config.name_or_path or model_type,
-        original_architecture=type(model).__name__,
+        # HookedTransformer decides by this name where the norms of OLMo-2 are: not to be left to a subclass's name.
+        original_architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
         device=str(model.device),
         dtype=model.dtype,
         init_weights=False,
         default_prepend_bos=_prepends_bos(tokenizer, model_type),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
         # HookedTransformer announces its removal in 4.0 on every construction; we support both lines on purpose.
         warnings.simplefilter("ignore", DeprecationWarning)
-        hooked = cls(config, tokenizer=tokenizer)  # pyright: ignore[reportArgumentType]
+        hooked = cls(config, tokenizer=tokenizer, move_to_device=False)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         weights = getattr(weight_conversions, converter)(model, config)
-        missing, unexpected = hooked.load_state_dict(weights, strict=False)
-        # Masks and rotary tables are buffers and follow from the config. Converters leave out some of the biases that
-        # an architecture does not have; any other parameter would stay uninitialised.
-        absent = {name: parameter for name, parameter in hooked.named_parameters() if name in missing}
-        biases = {name for name in absent if name.rsplit(".", 1)[-1].startswith("b_")}
-        for name in biases:
-            absent[name].zero_()
+    _give(hooked, weights, model_type)
+    hooked.to(model.device, print_details=False)
+    return hooked.eval()
+
+
+def _give(hooked: HookedTransformer, weights: dict[str, torch.Tensor], model_type: str) -> None:
+    """Make `weights` the parameters of a model that has none yet."""
+    # The same parameter object in both models would have one gradient.
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    if _share_storage(weights["embed.W_E"], weights["unembed.W_U"]):
+        # Transposed back, so that the copy is in the order in which the forward pass reads it.
+        weights["unembed.W_U"] = weights["unembed.W_U"].T.clone(memory_format=torch.contiguous_format).T
+    # Masks and rotary tables are buffers and follow from the config. Converters leave out some of the biases that an
+    # architecture does not have; any other parameter would have no value.
+    absent = {name: parameter for name, parameter in hooked.named_parameters() if name not in weights}
+    unexpected = set(weights) - set(hooked.state_dict())
+    biases = {name for name in absent if name.rsplit(".", 1)[-1].startswith(("b_", "_b_"))}
     if unexpected or set(absent) - biases:
         raise UnsupportedModelError(
             f"the weights of {model_type} do not match this TransformerLens: "
             f"missing {sorted(set(absent) - biases)}, unexpected {sorted(unexpected)}"
         )
-    return hooked.eval()
+    weights |= {name: torch.zeros(absent[name].shape, dtype=absent[name].dtype) for name in biases}
+    try:
+        hooked.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"the weights of {model_type} do not fit their config: {error}") from error
+
+
+def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def to_bridge(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
@@ -186,9 +252,14 @@ def to_bridge(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | No
         tokenizer: Attached to the result where given.
 
     Raises:
-        UnsupportedModelError: TransformerLens has no adapter for the architecture, or its builder moved and there is no
-            tokenizer to go through the public route with.
+        UnsupportedModelError: TransformerLens has no adapter for the architecture, or the adapter gets a setting wrong
+            (GPT-NeoX without attention biases, GPT-2 with unscaled attention), or TransformerLens's builder moved and
+            there is no tokenizer to go through the public route with.
+
+    Memory: the weights are not copied.
     """
+    if wrong := _differing(model.config, _BRIDGE_REQUIRES.get(model.config.model_type, {})):
+        raise _unrepresentable("TransformerBridge", model.config, wrong)
     from transformer_lens.model_bridge import TransformerBridge
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mechhier.models.loading import model_info
+from mechhier.models.loading import model_info, weight_processing
 from mechhier.probes.hooked import Hooked
 from mechhier.results import netcdf_safe, versions
 
@@ -20,7 +20,6 @@ def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str,
             "architecture": info.architecture,
             "checkpoint_step": info.step,
             "revision": info.revision,
-            "processing": info.processing,
         }
     )
     return netcdf_safe(
@@ -30,6 +29,7 @@ def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str,
             "source": source,
             "model": getattr(hooked.cfg, "model_name", "unknown"),
             **described,
+            "processing": weight_processing(hooked.model),
             "model_class": type(hooked.model).__name__,
             "dtype": str(hooked.dtype).removeprefix("torch."),
             "device": str(hooked.device),

@@ -22,7 +22,9 @@ from mechhier.results import Variables, mean_interval, scored
 
 DEFINITION = (
     "abar_h^t = mean over clean prompts of z_h at the last token; CIE = P(y | shuffled, z_h := abar_h^t) - "
-    "P(y | shuffled); AIE = mean over prompts and tasks. FV_t = sum over the top heads by AIE of abar_h^t W_O[h]. "
+    "P(y | shuffled); AIE = mean over prompts and tasks. FV_t = sum over the top heads by AIE of the mean over clean "
+    "prompts of what the head writes at the last token, abar_h^t W_O[h]; in a post-norm model (OLMo-2) a head's write is "
+    "its share gamma z_h W_O[h] / sigma of attn_out, with the post-norm's sigma of each clean prompt. "
     "Injection adds FV_t to resid_post of a layer at the last token. recovery = (patched - corrupt) / (clean - corrupt) "
     "of logit(f_t(x)) - logit(f_t'(x)). Heads are chosen on the first two thirds of the tasks, injection is judged on "
     "the held-out rest; choice, estimation and test use disjoint queries."
@@ -42,7 +44,12 @@ def function_vectors(
 
     Cost: 4 forward passes over the prompts of a split; 2 L H passes, from the head's layer on, over the selection
     prompts of two thirds of the tasks; 10 L passes, from the injected layer on, over the test prompts of the rest.
-    Memory: the mean activations, 2 x tasks x L x d_model, and one batch's residual streams.
+    Memory: the mean writes, tasks x L x H x d_model, and one batch's residual streams.
+
+    The function vector is added to the residual stream, so it is made of what heads add to the stream. A post-norm
+    (OLMo-2) rescales their sum before it gets there; every head is given its share with the scale that the norm had on
+    each clean prompt (`mechhier.probes.Hooked.head_writes`), so that the vector is as large as what the heads wrote.
+    Patching needs no such choice: it replaces z before the norm.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -89,10 +96,10 @@ def function_vectors(
         hooked.check_tokens(prompts.clean)
 
     n_chosen_on = max(1, (2 * len(tasks)) // 3)
-    means = {
-        kind: torch.stack([_mean_z(hooked, getattr(task.estimation, kind)) for task in tasks])
-        for kind in ("clean", "shuffled")
-    }
+    clean = [_mean_heads(hooked, task.estimation.clean) for task in tasks]
+    shuffled = [_mean_heads(hooked, task.estimation.shuffled) for task in tasks]
+    means = {"clean": torch.stack([z for z, _ in clean]), "shuffled": torch.stack([z for z, _ in shuffled])}
+    writes = torch.stack([write for _, write in clean])
     with track("function vectors: patching heads", total=2 * hooked.n_layers * hooked.n_heads) as advance:
         selection = concatenate([task.selection for task in tasks[:n_chosen_on]])
         task_of_row = np.repeat(np.arange(n_chosen_on), [len(task.selection.clean) for task in tasks[:n_chosen_on]])
@@ -118,7 +125,7 @@ def function_vectors(
     selected = _top(variables["AIE"][1], n_top)
     variables["selected"] = (dims, selected, {"long_name": "head is part of the function vector", "units": "boolean"})
 
-    vectors = _vectors(hooked, means["clean"], selected, seed=seed)
+    vectors = _vectors(hooked, writes, selected, seed=seed)
     held_out = list(range(n_chosen_on, len(tasks)))
     test = concatenate([tasks[index].test for index in held_out])
     rows = np.repeat(held_out, [len(tasks[index].test.clean) for index in held_out])
@@ -180,18 +187,23 @@ def _batches(hooked: Hooked, n_rows: int, length: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
-def _mean_z(hooked: Hooked, prompts: Int[np.ndarray, "prompt pos"]) -> Float[Tensor, "layer head d_head"]:
-    """Mean over prompts of every head's output at the last token, float32."""
-    total = torch.zeros(hooked.n_layers, hooked.n_heads, hooked.d_head, device=hooked.device)
+def _mean_heads(
+    hooked: Hooked, prompts: Int[np.ndarray, "prompt pos"]
+) -> tuple[Float[Tensor, "layer head d_head"], Float[Tensor, "layer head d_model"]]:
+    """Means over prompts, at the last token, of every head's z and of its write to the residual stream, float32."""
+    mean_z = torch.zeros(hooked.n_layers, hooked.n_heads, hooked.d_head, device=hooked.device)
+    mean_write = torch.zeros(hooked.n_layers, hooked.n_heads, hooked.d_model, device=hooked.device)
 
     def add(z: Tensor, layer: int) -> None:
-        total[layer] += z[:, -1].float().sum(0)
+        mean_z[layer] += z[:, -1].float().sum(0) / len(prompts)
+        writes, _ = hooked.head_writes(layer, z[:, -1:])
+        mean_write[layer] += writes.sum((0, 1)) / len(prompts)
 
     hooks: list[Hook] = [("z", layer, partial(add, layer=layer)) for layer in range(hooked.n_layers)]
     tokens = hooked.check_tokens(prompts)
     for rows in _batches(hooked, len(tokens), tokens.shape[1]):
         hooked.run(tokens[rows], hooks)
-    return total / len(tokens)
+    return mean_z, mean_write
 
 
 def _indirect_effects(
@@ -237,11 +249,10 @@ def _top(aie: Float[np.ndarray, "layer head"], n: int) -> np.ndarray:
 
 
 def _vectors(
-    hooked: Hooked, means: Float[Tensor, "task layer head d_head"], selected: np.ndarray, *, seed: int
+    hooked: Hooked, means: Float[Tensor, "task layer head d_model"], selected: np.ndarray, *, seed: int
 ) -> dict[str, Float[Tensor, "task d_model"]]:
     """The function vector of every task and its controls, float32."""
-    W_O = torch.stack([hooked.W_O(layer) for layer in range(hooked.n_layers)]).float()
-    writes = torch.einsum("tlhd,lhdm->tlhm", means, W_O).flatten(1, 2)
+    writes = means.flatten(1, 2)
     chosen = torch.as_tensor(selected.reshape(-1), device=hooked.device)
     function_vector = writes[:, chosen].sum(1)
     generator = torch.Generator().manual_seed(seed)

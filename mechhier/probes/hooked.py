@@ -44,7 +44,7 @@ class Hooked:
     |---|---|---|
     | embed | batch pos d_model | the residual stream that enters layer 0 (token and learned position embeddings) |
     | resid_pre, resid_mid, resid_post | batch pos d_model | the stream before, within (if not parallel), after a layer |
-    | attn_out, mlp_out | batch pos d_model | what attention, MLP add to the residual stream, biases included |
+    | attn_out, mlp_out | batch pos d_model | what attention, MLP add to the residual stream, biases and post-norms included |
     | z | batch pos head d_head | a head's output before W_O |
     | pattern | batch head query key | attention probabilities |
     | final_scale | batch pos 1 | the final norm's sigma; can only be read; not in a model without norms |
@@ -64,6 +64,7 @@ class Hooked:
             )
         self.model = model
         self.cfg = model.cfg
+        self._hook_names = frozenset(model.hook_dict)  # TransformerBridge makes the dictionary anew each time
         self._is_bridge = type(model).__name__ == "TransformerBridge"
         # HookedTransformer always starts at a layer; TransformerBridge only since TransformerLens 4.
         self._starts_at_layer = not self._is_bridge or int(version("transformer_lens").split(".")[0]) >= 4
@@ -96,16 +97,74 @@ class Hooked:
         return self.model.W_U.dtype
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights of every head of a layer: `z[head] @ W_O[head]` is the head's write, without the bias."""
+        """Output weights of every head of a layer; what a head adds to the residual stream is in `head_writes`."""
         return self.model.blocks[layer].attn.W_O.detach()
+
+    def head_writes(
+        self, layer: int, z: Float[Tensor, "batch pos head d_head"]
+    ) -> tuple[Float[Tensor, "batch pos head d_model"], Float[Tensor, "batch pos d_model"]]:
+        """What every head of a layer, and the output bias, add to the residual stream; together they are `attn_out`.
+
+        Where attention writes to the stream directly, a head's write is `z[head] @ W_O[head]`. In a post-norm model
+        (OLMo-2) an RMSNorm stands between the two: attn_out = gamma x / sigma(x) with x the sum over heads of
+        `z[head] @ W_O[head]`, plus the bias. Each summand is given its share, gamma `z[head] @ W_O[head]` / sigma, with
+        sigma frozen at this run's value for the position. The shares add up exactly, but sigma depends on all heads:
+        without one head the others' writes change too, so that ablating a head (an edit of `z`) does not just remove
+        its write.
+
+        Args:
+            layer: Index of the layer.
+            z: The site `"z"` of that layer, of all heads, at any positions.
+
+        Returns:
+            The heads' writes and the bias's (zeros where there is none), float32. Memory: n_heads times that of
+            `attn_out`; no forward pass.
+
+        Raises:
+            ValueError: No such layer, or a norm after attention that is not an RMSNorm.
+        """
+        self._check_layer(layer)
+        writes = torch.einsum("bphd,hdm->bphm", z.float(), self.W_O(layer).float())
+        bias = self.model.blocks[layer].attn.b_O
+        bias = torch.zeros_like(writes[:, :, 0]) if bias is None else bias.detach().float().expand_as(writes[:, :, 0])
+        norm = self._post_attention_norm(layer)
+        if norm is None:
+            return writes, bias
+        if self.final_norm != "rms":
+            raise ValueError("the writes of single heads are not defined before a norm other than RMSNorm")
+        sigma = ((writes.sum(2) + bias).pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt()
+        share = self._gain(norm).float() / sigma
+        return writes * share[:, :, None], bias * share
+
+    def _post_attention_norm(self, layer: int) -> torch.nn.Module | None:
+        """The norm between the heads' sum and the residual stream, if there is one."""
+        block = self.model.blocks[layer]
+        if self._is_bridge:
+            # The Bridge names the norms of post-norm models differently from version to version; what is behind
+            # hook_attn_out tells.
+            attn_out = self.model.hook_dict[f"blocks.{layer}.hook_attn_out"]
+            norms = (getattr(block, name, None) for name in ("ln1", "ln1_post"))
+            return next((norm for norm in norms if getattr(norm, "hook_out", None) is attn_out), None)
+        from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+        if self.cfg.original_architecture in POST_NORM_ARCHITECTURES:
+            return block.ln1
+        return getattr(block, "ln1_post", None)
+
+    def _gain(self, norm: torch.nn.Module) -> Float[Tensor, " d_model"]:
+        """A norm's gain gamma; ones where it has none (OLMo, folded weights)."""
+        weight = getattr(norm, "w", None)
+        if weight is None:
+            return torch.ones(self.d_model, device=self.device, dtype=self.dtype)
+        # Gemma stores gamma - 1, and the Bridge leaves the weights as they are stored.
+        return weight.detach() + float(getattr(self.cfg, "rmsnorm_uses_offset", False))
 
     @property
     def final_gain(self) -> Float[Tensor, " d_model"]:
-        """The final norm's gain gamma; ones where the norm has none (OLMo, folded weights)."""
-        weight = None if self.final_norm == "none" else getattr(self.model.ln_final, "w", None)
-        if weight is None:
+        """The final norm's gain gamma; ones where the norm has none (OLMo, folded weights) or there is no norm."""
+        if self.final_norm == "none":
             return torch.ones(self.d_model, device=self.device, dtype=self.dtype)
-        return weight.detach()
+        return self._gain(self.model.ln_final)
 
     @property
     def final_norm(self) -> Literal["layer", "rms", "none"]:
@@ -185,11 +244,15 @@ class Hooked:
         with self.preserved():
             return self.model.run_with_hooks(first, fwd_hooks=named, **arguments)
 
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer {layer} does not exist: the model has layers 0..{self.n_layers - 1}")
+
     def _named(self, hook: Hook) -> list[tuple[str, Callable[..., Tensor]]]:
         """TransformerLens's (name, function) pairs for one hook, checked: an unknown name is silent on some classes."""
         site, layer, function = hook
-        if layer is not None and not 0 <= layer < self.n_layers:
-            raise ValueError(f"layer {layer} does not exist: the model has layers 0..{self.n_layers - 1}")
+        if layer is not None:
+            self._check_layer(layer)
         if site == "embed":
             return [self._adapt("blocks.0.hook_resid_pre", function)]
         if site == "final_scale":
@@ -223,7 +286,7 @@ class Hooked:
         ]
 
     def _adapt(self, name: str, function: HookFunction) -> tuple[str, Callable[..., Tensor]]:
-        if name not in self.model.hook_dict:
+        if name not in self._hook_names:
             raise ValueError(f"{type(self.model).__name__} of this architecture has no hook {name!r}")
 
         def always_return(activation: Tensor, hook: Any) -> Tensor:

@@ -251,6 +251,59 @@ def test_injection_equals_raw_pytorch_hooks(layer, prompt, case):
         assert float(measured.accuracy) == pytest.approx(torch.cat(correct).mean().item())
 
 
+def hf_post_norm_write(hf, layer, head, tokens):
+    """What a head of an OLMo-2 model adds to the stream at the last token, mean over prompts.
+
+    It is the output projection with and without the head, times the factor by which the norm behind it scales each number.
+    """
+    block, kept = hf.model.layers[layer], {}
+    hooks = {"o_proj": block.self_attn.o_proj, "norm": block.post_attention_layernorm}
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: kept.update({name: (inputs[0], output)}))
+        for name, module in hooks.items()
+    ]
+    with torch.no_grad():
+        hf(torch.as_tensor(tokens))
+        for handle in handles:
+            handle.remove()
+        z, d_head = kept["o_proj"][0][:, -1].clone(), hf.config.hidden_size // hf.config.num_attention_heads
+        z[:, head * d_head : (head + 1) * d_head] = 0.0
+        before_norm, after_norm = (each[:, -1] for each in kept["norm"])
+        return ((before_norm - hooks["o_proj"](z)) * after_norm / before_norm).mean(0)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_vector_of_a_post_norm_model_is_what_the_heads_added_to_the_stream(kind, short_tasks):
+    hf = random_hf("olmo2")
+    tasks = [answered_by(hf, task) for task in short_tasks]
+    result = mh.phenomena.function_vectors(load_model(hf, as_=kind), tasks)
+    heads = np.argwhere(result.selected.values).tolist()
+    gain, possible = [], []
+    for task in tasks[N_CHOSEN_ON:]:
+        vector = sum(hf_post_norm_write(hf, layer, head, task.estimation.clean) for layer, head in heads)
+
+        def add(module, inputs, output, vector=vector):
+            output = output.clone()
+            output[:, -1] += vector
+            return output
+
+        def difference(tokens, test=task.test):
+            with torch.no_grad():
+                last = hf(torch.as_tensor(tokens)).logits[:, -1]
+            row = torch.arange(len(last))
+            return last[row, torch.as_tensor(test.answers)] - last[row, torch.as_tensor(test.other_answers)]
+
+        clean, corrupt = difference(task.test.clean), difference(task.test.zero_shot)
+        handle = hf.model.layers[1].register_forward_hook(add)
+        gain.append(difference(task.test.zero_shot) - corrupt)
+        handle.remove()
+        possible.append(clean - corrupt)
+    measured = result.recovery.sel(prompt="zero_shot", vector="function_vector", layer=1)
+    expected = (torch.cat(gain).sum() / torch.cat(possible).sum()).item()
+    assert abs(expected) > 0.01
+    assert float(measured) == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_results_do_not_depend_on_batch_size_or_class(kind, case, monkeypatch):
     hf, tasks, whole = case

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import ARCHITECTURES, CLASSES, CONTEXT, random_hf, random_hooked, random_tokens
+from random_models import (
+    ARCHITECTURES,
+    BRIDGE_ONLY,
+    CLASSES,
+    CONTEXT,
+    EVERY_MODEL,
+    HAS_HOOKED_TRANSFORMER,
+    random_hf,
+    random_hooked,
+    random_tokens,
+)
 
 from mechhier.probes import Hooked, patterns, reduce_patterns
 
-EVERY_MODEL = [pytest.mark.parametrize("architecture", ARCHITECTURES), pytest.mark.parametrize("kind", CLASSES)]
 IN_BLOCK = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "pattern")
+POST_NORM = ("olmo2", "olmo2-tied", "olmo2-gqa", "olmo2-biases", "olmo2-wide-heads", "gemma2")
 
 
-def every_model(test):
-    for mark in EVERY_MODEL:
-        test = mark(test)
-    return test
+def every_architecture(test):
+    return pytest.mark.parametrize("architecture", ARCHITECTURES)(pytest.mark.parametrize("kind", CLASSES)(test))
 
 
 def blocks_of(hf):
     """The list of blocks of a Hugging Face model, whatever it is called."""
     body = hf.base_model
     return getattr(body, "layers", None) or body.h
+
+
+def attention_of(block):
+    return getattr(block, "self_attn", None) or getattr(block, "attn", None) or block.attention
+
+
+def writers_of(block):
+    """The modules whose output a block adds to the residual stream; only post-norm blocks have this norm."""
+    if hasattr(block, "post_feedforward_layernorm"):
+        return block.post_attention_layernorm, block.post_feedforward_layernorm
+    return attention_of(block), block.mlp
 
 
 def record(hooked, tokens, sites):
@@ -38,35 +57,59 @@ def record(hooked, tokens, sites):
     return logits, seen
 
 
-@every_model
-def test_logits_patterns_and_residual_stream_equal_hugging_faces(architecture, kind):
-    hf, tokens = random_hf(architecture), random_tokens()
+def record_hugging_face(hf, tokens):
+    """Hugging Face's output, and what each block adds to the residual stream, by plain PyTorch hooks."""
+    written = {}
+
+    def keep(site, layer):
+        def read(module, inputs, output):
+            written[(site, layer)] = output[0] if isinstance(output, tuple) else output
+
+        return read
+
+    handles = [
+        module.register_forward_hook(keep(site, layer))
+        for layer, block in enumerate(blocks_of(hf))
+        for site, module in zip(("attn_out", "mlp_out"), writers_of(block), strict=True)
+    ]
     with torch.no_grad():
-        expected = hf(tokens, output_attentions=True, output_hidden_states=True)
+        out = hf(tokens, output_attentions=True, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    return out, written
+
+
+@pytest.fixture(scope="module", params=EVERY_MODEL, ids="-".join)
+def measured(request):
+    """A hooked model with what it and Hugging Face's own model of the same weights compute on the same tokens."""
+    architecture, kind = request.param
+    hf, tokens = random_hf(architecture), random_tokens()
     hooked = Hooked(random_hooked(architecture, kind))
-    logits, seen = record(hooked, tokens, ("pattern", "resid_pre"))
+    return hooked, tokens, record(hooked, tokens, IN_BLOCK), record_hugging_face(hf, tokens)
+
+
+def test_logits_patterns_and_residual_stream_equal_hugging_faces(measured):
+    hooked, _, (logits, seen), (expected, written) = measured
     torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
     for layer in range(hooked.n_layers):
         torch.testing.assert_close(seen[("pattern", layer)], expected.attentions[layer], atol=1e-4, rtol=0)
         torch.testing.assert_close(seen[("resid_pre", layer)], expected.hidden_states[layer], atol=1e-4, rtol=1e-4)
+        for site in ("attn_out", "mlp_out"):
+            torch.testing.assert_close(seen[(site, layer)], written[(site, layer)], atol=1e-4, rtol=1e-4)
 
 
-@every_model
-def test_writes_add_up_to_the_residual_stream_and_heads_to_attn_out(architecture, kind):
-    hooked = Hooked(random_hooked(architecture, kind))
-    _, seen = record(hooked, random_tokens(), IN_BLOCK)
+def test_writes_add_up_to_the_residual_stream_and_heads_to_attn_out(measured):
+    hooked, _, (_, seen), _ = measured
     total = seen[("resid_pre", 0)]
     for layer in range(hooked.n_layers):
         total = total + seen[("attn_out", layer)] + seen[("mlp_out", layer)]
         torch.testing.assert_close(total, seen[("resid_post", layer)], atol=1e-4, rtol=1e-4)
-        heads = torch.einsum("bphd,hdm->bpm", seen[("z", layer)], hooked.W_O(layer))
-        bias = seen[("attn_out", layer)] - heads
-        torch.testing.assert_close(bias, bias[:1, :1].expand_as(bias), atol=1e-4, rtol=0)
+        heads, bias = hooked.head_writes(layer, seen[("z", layer)])
+        torch.testing.assert_close(heads.sum(2) + bias, seen[("attn_out", layer)], atol=1e-4, rtol=0)
 
 
-@every_model
-def test_final_scale_gain_and_unembedding_give_the_logits(architecture, kind):
-    hooked, tokens = Hooked(random_hooked(architecture, kind)), random_tokens()
+def test_final_scale_gain_and_unembedding_give_the_logits(measured):
+    hooked, tokens, _, _ = measured
     streams, scales = [], []
     logits = hooked.run(
         tokens, [("resid_post", hooked.n_layers - 1, streams.append), ("final_scale", None, scales.append)]
@@ -81,7 +124,67 @@ def test_final_scale_gain_and_unembedding_give_the_logits(architecture, kind):
     torch.testing.assert_close(rest, rest[:1, :1].expand_as(rest), atol=1e-4, rtol=0)
 
 
-@every_model
+@pytest.mark.parametrize(("architecture", "kind"), [pair for pair in EVERY_MODEL if pair[0] in ("llama", *POST_NORM)])
+def test_a_heads_write_is_what_the_heads_sum_loses_without_it_scaled_as_in_this_run(architecture, kind):
+    """Against Hugging Face's output projection without one head, times the factor by which its own norm scales."""
+    hf, tokens = random_hf(architecture), random_tokens()
+    _, written = record_hugging_face(hf, tokens)
+    block = blocks_of(hf)[1]
+    projection = block.self_attn.o_proj
+    into = []
+    handle = projection.register_forward_hook(lambda module, inputs, output: into.append(inputs[0]))
+    with torch.no_grad():
+        hf(tokens)
+        handle.remove()
+        before_norm = projection(into[0])
+        d_head = into[0].shape[-1] // 4
+        without = into[0].clone()
+        without[..., 2 * d_head : 3 * d_head] = 0.0
+        factor = written[("attn_out", 1)] / before_norm
+        expected = (before_norm - projection(without)) * factor
+        expected_bias = projection(torch.zeros_like(into[0])) * factor
+    hooked = Hooked(random_hooked(architecture, kind))
+    z = []
+    hooked.run(tokens, [("z", 1, z.append)])
+    heads, bias = hooked.head_writes(1, z[0])
+    torch.testing.assert_close(heads[:, :, 2], expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(bias, expected_bias, atol=1e-4, rtol=1e-3)
+    last, _ = hooked.head_writes(1, z[0][:, -1:])
+    torch.testing.assert_close(last, heads[:, -1:])
+
+
+def test_heads_before_another_norm_than_rmsnorm_and_layers_that_do_not_exist_are_refused():
+    hooked = Hooked(random_hooked("olmo2", "bridge"))
+    z = torch.zeros(1, 2, hooked.n_heads, hooked.d_head)
+    with pytest.raises(ValueError, match="layer -1 does not exist"):
+        hooked.head_writes(-1, z)
+    hooked.cfg.normalization_type, hooked.cfg.final_rms = "LN", False
+    with pytest.raises(ValueError, match="other than RMSNorm"):
+        hooked.head_writes(0, z)
+
+
+@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has TransformerBridge only")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_heads_of_a_hooked_transformer_with_norms_on_both_sides_add_up_to_attn_out():
+    """As `HookedTransformer.from_pretrained` makes them of Gemma 2."""
+    from transformer_lens import HookedTransformer
+
+    sizes = {"n_layers": 1, "d_model": 32, "d_head": 8, "n_heads": 4, "n_ctx": 48, "d_vocab": 50, "d_mlp": 64}
+    norms = {"normalization_type": "RMS", "use_normalization_before_and_after": True}
+    hooked = Hooked(HookedTransformer({**sizes, **norms, "act_fn": "relu", "seed": 0, "device": "cpu"}))
+    with torch.no_grad():
+        hooked.model.blocks[0].ln1_post.w.uniform_(0.5, 1.5)
+    _, seen = record(hooked, random_tokens(), ("z", "attn_out"))
+    heads, bias = hooked.head_writes(0, seen[("z", 0)])
+    torch.testing.assert_close(heads.sum(2) + bias, seen[("attn_out", 0)], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", BRIDGE_ONLY)
+def test_what_hooked_transformer_cannot_represent_loads_as_a_bridge(architecture):
+    assert type(random_hooked(architecture, None)).__name__ == "TransformerBridge"
+
+
+@every_architecture
 def test_starting_at_a_layer_equals_the_full_pass(architecture, kind):
     hooked, tokens = Hooked(random_hooked(architecture, kind)), random_tokens()
     streams = []
@@ -91,12 +194,12 @@ def test_starting_at_a_layer_equals_the_full_pass(architecture, kind):
     assert (changed - full).abs().max() > 0.1
 
 
-@every_model
+@every_architecture
 def test_zeroing_a_layers_attention_equals_a_raw_pytorch_hook(architecture, kind):
     hf, tokens = random_hf(architecture), random_tokens()
     block = blocks_of(hf)[1]
-    attention = getattr(block, "self_attn", None) or getattr(block, "attn", None) or block.attention
-    handle = attention.register_forward_hook(lambda *args: (torch.zeros_like(args[2][0]), *args[2][1:]))
+    # The norm of zeros is zero, so that for OLMo-2, too, attention adds nothing.
+    handle = attention_of(block).register_forward_hook(lambda *args: (torch.zeros_like(args[2][0]), *args[2][1:]))
     with torch.no_grad():
         expected = hf(tokens).logits
     handle.remove()
@@ -106,7 +209,7 @@ def test_zeroing_a_layers_attention_equals_a_raw_pytorch_hook(architecture, kind
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("architecture", ["llama", "olmo", "gpt2", "gpt_neox-sequential"])
+@pytest.mark.parametrize("architecture", ["llama", "olmo", "olmo2", "gpt2", "gpt_neox-sequential"])
 def test_an_edit_of_resid_mid_acts_on_mlp_and_stream(architecture, kind):
     hooked, tokens = Hooked(random_hooked(architecture, kind)), random_tokens()
     seen = {}

@@ -1,0 +1,39 @@
+"""What can be wrong with a model that is to be loaded: one class for each cause, all of them `ModelLoadError`."""
+
+from __future__ import annotations
+
+
+class ModelLoadError(ValueError):
+    """A model could not be loaded; the message says what was wrong and what to do."""
+
+
+class UnsupportedModelError(ModelLoadError):
+    """The model has a feature that the requested hooked class, or the requested processing, cannot represent."""
+
+
+class ModelNotFoundError(ModelLoadError):
+    """There is no such folder, the folder holds no model, or the hub has no such name (or shows it to members only)."""
+
+
+class MissingRevisionError(ModelLoadError):
+    """The repository or the folder of revisions has none of that name; the message names the nearest ones."""
+
+
+class HubUnreachableError(ModelLoadError):
+    """The hub cannot be reached and its cache lacks what is needed; the message has the command that fetches it."""
+
+
+class IncompleteWeightsError(ModelLoadError):
+    """A weight file is absent or cut short, or the files lack a weight of the model; the message names them."""
+
+
+class NoSafetensorsError(ModelLoadError):
+    """The model has no safetensors weights, at most pickled ones, which are never opened."""
+
+
+class WrongDtypeError(ModelLoadError):
+    """The dtype is not one that a model can be loaded in."""
+
+
+class NotEnoughMemoryError(ModelLoadError):
+    """The weights do not fit into the free memory of the device; known from the files' headers, before loading."""
