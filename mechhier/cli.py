@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from mechhier.progress import announce
 from mechhier.specs import Spec, SpecError, read_spec
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run(
     experiment, out = _experiment(spec, out, threads)
     with _reported_errors():
         report = experiment.run(out)
-    _console.print(f"Report: {report}", markup=False, highlight=False)
+    announce(f"Report: {report}")
 
 
 @app.command()
@@ -55,7 +56,7 @@ def train(
     experiment, out = _experiment(spec, out, threads)
     with _reported_errors():
         for run in experiment.train(out, only=only).values():
-            _console.print(f"Trained: {run.path}", markup=False, highlight=False)
+            announce(f"Trained: {run.path}")
 
 
 @app.command()
@@ -76,7 +77,7 @@ def corpus(
             page.print(part)
         if out is not None:
             streamed.save(out, workers=workers)
-            _console.print(f"Corpus: {out}", markup=False, highlight=False)
+            announce(f"Corpus: {out}")
 
 
 def _experiment(spec: str, out: Path | None, threads: int | None) -> tuple[Experiment, Path]:
@@ -92,7 +93,7 @@ def _experiment(spec: str, out: Path | None, threads: int | None) -> tuple[Exper
         torch.set_num_threads(threads)
     out = out or Path("results") / Path(spec).stem
     n_trainings = len(experiment.trainings)
-    _console.print(f"{experiment.title}: {n_trainings} trainings, results in {out}", markup=False, highlight=False)
+    announce(f"{experiment.title}: {n_trainings} trainings, results in {out}")
     return experiment, out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,11 @@ from rich.table import Column
 _active: Progress | None = None
 
 
+def _first_process() -> bool:
+    """Whether this process is alone, or the first of those that a launcher (`accelerate launch`, `torchrun`) started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _display() -> Progress:
     console = Console(stderr=True)
     return Progress(
@@ -32,12 +38,14 @@ def _display() -> Progress:
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=console,
         transient=True,
-        disable=not (console.is_terminal or console.is_jupyter),
+        disable=not (_first_process() and (console.is_terminal or console.is_jupyter)),
     )
 
 
 def announce(message: str) -> None:
     """Write one line to standard error, above the progress rows where there are any."""
+    if not _first_process():
+        return
     console = _active.console if _active else Console(stderr=True)
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 

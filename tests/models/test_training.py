@@ -368,10 +368,13 @@ def test_a_loss_that_only_falls_has_never_diverged(losses):
 
 
 @pytest.mark.parametrize("changes", [{"gradient_accumulation": 2}, {"gradient_accumulation": 4}, {"compile": True}])
-def test_the_way_a_step_is_computed_does_not_change_what_is_learned(plan, reference, tmp_path, changes):
+def test_the_way_a_step_is_computed_does_not_change_what_is_learned(plan, reference, tmp_path, monkeypatch, changes):
     settings = plan.train.model_copy(update=changes)
+    compiled, compile_model = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compiled.append(how) or compile_model(model, **how))
     with torch.compiler.set_stance("force_eager"):  # all but the kernels of torch.compile, which need a compiler
         run = train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+    assert len(compiled) == ("compile" in changes)
     columns = ["loss", "eval_loss", "learning_rate"]
     pd.testing.assert_frame_equal(run.log[columns], reference.log[columns], atol=1e-5, rtol=0)
     for name, weight in weights(run, 12).items():
