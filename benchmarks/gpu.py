@@ -79,7 +79,7 @@ def measure(*, rows: int, short: int, long: int, accumulation: int) -> tuple[flo
         few = trained(short)
         with timed_parts() as parts:
             many = trained(long)
-    return (many - few) / (long - short), flops_per_token(spec, grammar.vocab_size, context=512), parts["data"] / many
+    return (many - few) / (long - short), flops_per_token(spec, grammar.vocab_size, context=512), parts.data / many
 
 
 def flops_per_token(spec: ModelSpec, vocab_size: int, *, context: int) -> float:

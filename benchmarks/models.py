@@ -1,7 +1,8 @@
-"""Training speed against a bare PyTorch loop and against a loader that reads one token at a time.
+"""Training speed against a bare PyTorch loop and against a loader that reads one token at a time; memory of loading.
 
-A step's time is the difference between a longer and a shorter training, so that set-up and the checkpoints at both ends
-cancel; `train` writes a line of its log every step here, which is more than it does in any longer training.
+A step is timed from its beginning to the next one's, so that data, logging and callbacks between steps count, and set-up
+does not; the median over the steps of a training is compared between contenders that take turns. `train` writes a line
+of its log every step here, which is more than it does in any longer training.
 """
 
 from __future__ import annotations
@@ -20,85 +21,86 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.timing import interleaved
+from benchmarks.loading import loading_table
 from mechhier.grammars import Corpus, DocumentGrammar
 from mechhier.models import ModelSpec, TrainSpec, train, training
 
-SHORT, LONG, ROUNDS = 10, 50, 5
+STEPS, WARMING_UP, ROUNDS = 30, 5, 4
 SIZES = {
     "tiny: 2 layers, d_model 64, 32 rows of 96": (ModelSpec(preset="tiny"), 96, 32),
-    "4 layers, d_model 128, 16 rows of 256": (ModelSpec("llama", n_layers=4, d_model=128, n_heads=4), 256, 16),
+    "4 layers, d_model 128, 8 rows of 256": (ModelSpec("llama", n_layers=4, d_model=128, n_heads=4), 256, 8),
 }
 
 
 def main() -> None:
-    """Print a table for each size."""
+    """Print a table for each size, and that of loading."""
     torch.set_num_threads(1)
     for name, (spec, context, batch) in SIZES.items():
-        grammar = DocumentGrammar(context=context)
-        measure(name, spec, grammar.corpus(LONG * batch * context), batch)
+        measure(name, spec, DocumentGrammar(context=context).corpus(STEPS * batch * context), batch)
+    Console().print(loading_table())
 
 
 def measure(name: str, spec: ModelSpec, corpus: Corpus, batch: int) -> None:
-    """Time the three contenders, each for few and for many steps, and print tokens per second and ratios."""
+    """Time the three contenders and print tokens per second and ratios, and what data and logging take of `train`."""
     rows = torch.as_tensor(corpus.rows(0, corpus.n_rows))
     flat = corpus.rows(0, corpus.n_rows).astype(np.uint16).ravel()
+    fresh = count()
 
-    def loop(batches: Iterator[Tensor], steps: int) -> None:
+    def loop(batches: Iterator[Tensor]) -> list[float]:
         model = spec.build(vocab_size=corpus.grammar.vocab_size, eos_token_id=0, n_ctx=corpus.context)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        for _, tokens in zip(range(steps), batches, strict=False):
+        beginnings = []
+        for tokens in batches:
+            beginnings.append(time.perf_counter())
             logits = model(tokens).logits
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        return beginnings
 
     with tempfile.TemporaryDirectory() as folder:
-        fresh = count()
 
-        def trained(steps: int) -> None:
-            settings = TrainSpec(steps=steps, batch_size=batch, n_checkpoints=2, warmup_steps=1, eval_rows=2)
-            train(spec, corpus, Path(folder) / str(next(fresh)), train=settings)
+        def trained() -> list[float]:
+            settings = TrainSpec(steps=STEPS, batch_size=batch, n_checkpoints=2, warmup_steps=1, eval_rows=2)
+            with timed_parts() as parts:
+                train(spec, corpus, Path(folder) / str(next(fresh)), train=settings)
+            spent.append(parts)
+            return parts.beginnings
 
-        contenders: dict[str, Callable[[int], None]] = {
-            "bare loop, data in memory": lambda steps: loop(iter(rows.split(batch)), steps),
+        spent: list[Parts] = []
+        contenders: dict[str, Callable[[], list[float]]] = {
+            "bare loop, data in memory": lambda: loop(iter(rows.split(batch))),
             "train": trained,
-            "bare loop, one token per Python step": lambda steps: loop(one_token_at_a_time(flat, corpus, batch), steps),
+            "bare loop, one token per Python step": lambda: loop(one_token_at_a_time(flat, corpus.context, batch)),
         }
-        both = {(who, n): (lambda run=run, n=n: run(n)) for who, run in contenders.items() for n in (SHORT, LONG)}
-        seconds = interleaved({f"{who} {n}": run for (who, n), run in both.items()}, rounds=ROUNDS)
-        with timed_parts() as parts:
-            start = time.perf_counter()
-            trained(LONG)
-            whole = time.perf_counter() - start
-    per_step = {who: (seconds[f"{who} {LONG}"] - seconds[f"{who} {SHORT}"]) / (LONG - SHORT) for who in contenders}
-    baseline = per_step["bare loop, data in memory"]
-    table = Table(title=f"{name}, one thread, {ROUNDS} interleaved rounds")
-    for column in ("", "ms a step", "tokens/s", "tokens/s relative to the bare loop (lowest to highest round)"):
+        seconds: dict[str, list[float]] = {who: [] for who in contenders}
+        for _ in range(ROUNDS):
+            for who, run in contenders.items():
+                seconds[who].append(float(np.median(np.diff(run()[WARMING_UP:]))))
+    baseline = np.array(seconds["bare loop, data in memory"])
+    table = Table(title=f"{name}, one thread, {ROUNDS} rounds of {STEPS} steps")
+    for column in ("", "ms a step", "tokens/s", "of the bare loop's", "lowest to highest round"):
         table.add_column(column)
-    for who, values in per_step.items():
+    for who, values in seconds.items():
         ratio = baseline / values
-        speed = batch * corpus.context / np.median(values)
-        table.add_row(
-            who,
-            f"{1000 * np.median(values):.1f}",
-            f"{speed:,.0f}",
-            f"{np.median(ratio):.3f} ({ratio.min():.3f} to {ratio.max():.3f})",
-        )
+        speed = f"{batch * corpus.context / np.median(values):,.0f}"
+        spread = f"{ratio.min():.3f} to {ratio.max():.3f}"
+        table.add_row(who, f"{1000 * np.median(values):.1f}", speed, f"{np.median(ratio):.3f}", spread)
     Console().print(table)
-    shares = ", ".join(f"{part} {100 * spent / whole:.2f} %" for part, spent in parts.items())
-    Console().print(f"of `train`'s wall time: {shares}\n")
+    step = STEPS * np.median(seconds["train"])
+    data, log = (np.median([getattr(parts, part) for parts in spent]) / step for part in ("data", "log"))
+    Console().print(f"of a step of `train`: reading data {100 * data:.2f} %, writing the log {100 * log:.2f} %\n")
 
 
-def one_token_at_a_time(flat: np.ndarray, corpus: Corpus, batch: int) -> Iterator[Tensor]:
+def one_token_at_a_time(flat: np.ndarray, context: int, batch: int) -> Iterator[Tensor]:
     """Batches from a loader that takes one token per Python step, as the paper's released one does."""
     rows: list[list[int]] = []
     row: list[int] = []
     for token in flat:
         row.append(int(token))
-        if len(row) == corpus.context:
+        if len(row) == context:
             rows.append(row)
             row = []
         if len(rows) == batch:
@@ -106,10 +108,19 @@ def one_token_at_a_time(flat: np.ndarray, corpus: Corpus, batch: int) -> Iterato
             rows = []
 
 
+class Parts:
+    """When the steps of a training began, and the seconds it spent on reading data and on writing its log."""
+
+    def __init__(self) -> None:
+        self.beginnings: list[float] = []
+        self.data = 0.0
+        self.log = 0.0
+
+
 @contextmanager
-def timed_parts() -> Iterator[dict[str, float]]:
-    """Seconds that a training spends on reading data, and on log, evaluation and checkpoints."""
-    spent = {"data": 0.0, "log, evaluation and checkpoints": 0.0}
+def timed_parts() -> Iterator[Parts]:
+    """Watch the training that runs meanwhile."""
+    parts = Parts()
 
     def timed(part: str, function: Callable[..., object]) -> Callable[..., object]:
         def wrapper(*args: object, **options: object) -> object:
@@ -117,22 +128,26 @@ def timed_parts() -> Iterator[dict[str, float]]:
             try:
                 return function(*args, **options)
             finally:
-                spent[part] += time.perf_counter() - start
+                setattr(parts, part, getattr(parts, part) + time.perf_counter() - start)
 
         return wrapper
 
-    places = [
-        (training._Rows, "__getitems__", "data"),
-        (training._Session, "on_step_end", "log, evaluation and checkpoints"),
-    ]
-    originals = [getattr(owner, name) for owner, name, _ in places]
-    for owner, name, part in places:
-        setattr(owner, name, timed(part, getattr(owner, name)))
+    def noted(function: Callable[..., object]) -> Callable[..., object]:
+        def wrapper(*args: object, **options: object) -> object:
+            parts.beginnings.append(time.perf_counter())
+            return function(*args, **options)
+
+        return wrapper
+
+    rows, trainer, session = training._Rows, training._Trainer, training._Session
+    originals = rows.__getitems__, trainer.training_step, session._log_line
+    rows.__getitems__ = timed("data", originals[0])  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.training_step = noted(originals[1])  # pyright: ignore[reportAttributeAccessIssue]
+    session._log_line = timed("log", originals[2])  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield spent
+        yield parts
     finally:
-        for (owner, name, _), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
+        rows.__getitems__, trainer.training_step, session._log_line = originals
 
 
 if __name__ == "__main__":

@@ -245,6 +245,6 @@ def test_panels_after_a_tree_begin_a_new_row():
     assert panel_titles(figure)[1:] == ["p", "q"]
 
 
-def test_what_cannot_be_drawn_names_a_corpus_among_what_can():
-    with pytest.raises(TypeError, match="and a corpus"):
+def test_what_cannot_be_drawn_names_what_can():
+    with pytest.raises(TypeError, match="a corpus, and a planted model"):
         plot([1])
