@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _console = Console(stderr=True, soft_wrap=True)
 
+SpecName = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged experiment such as 'demo'.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the results; default: results/<name of the spec>.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
+
 
 @app.callback()
 def main() -> None:
@@ -27,13 +31,7 @@ def main() -> None:
 
 
 @app.command()
-def run(
-    spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged experiment such as 'demo'.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; default: results/<name of the spec>.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
-) -> None:
+def run(spec: SpecName, out: Out = None, threads: Threads = None) -> None:
     """Carry out an experiment: corpora, training, measurements, report. The same command goes on where it stopped."""
     experiment, out = _experiment(spec, out, threads)
     with _reported_errors():
@@ -43,19 +41,20 @@ def run(
 
 @app.command()
 def train(
-    spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged experiment such as 'demo'.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; default: results/<name of the spec>.")
-    ] = None,
+    spec: SpecName,
+    out: Out = None,
     only: Annotated[
         str | None, typer.Option(help="The one training to do: an arm, or with several seeds <arm>_seed<seed>.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Where else to log: tensorboard (in the run's folder), wandb, ...")
+    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Do an experiment's trainings, without measurements; `run` goes on from there. Works under `accelerate launch`."""
     experiment, out = _experiment(spec, out, threads)
     with _reported_errors():
-        for run in experiment.train(out, only=only).values():
+        for run in experiment.train(out, only=only, report_to=report_to or ()).values():
             announce(f"Trained: {run.path}")
 
 

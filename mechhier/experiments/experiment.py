@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -125,12 +126,13 @@ class Experiment(BaseModel):
             for seed in self.seeds
         }
 
-    def train(self, out: str | Path, *, only: str | None = None) -> dict[str, Run]:
+    def train(self, out: str | Path, *, only: str | None = None, report_to: Sequence[str] = ()) -> dict[str, Run]:
         """Train every arm with every seed, each in the folder `<out>/<name>/run`; go on where it stopped.
 
         Args:
             out: Folder of the trainings.
             only: Name of the one training to do, of `trainings`; all if None.
+            report_to: Where else to log, as for `mechhier.train`.
 
         Raises:
             ValueError: `only` names none of them.
@@ -146,7 +148,8 @@ class Experiment(BaseModel):
             if only in (None, name):
                 corpus = arm.grammar.corpus(arm.n_tokens, seed=seed)
                 settings = arm.train.model_copy(update={"seed": seed})
-                runs[name] = train(self.model, corpus, Path(out) / name / "run", train=settings)
+                folder = Path(out) / name / "run"
+                runs[name] = train(self.model, corpus, folder, train=settings, report_to=report_to)
         return runs
 
     def run(self, out: str | Path) -> Path:

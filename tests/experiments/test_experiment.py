@@ -112,8 +112,10 @@ def test_several_seeds_are_trained_apart_and_stand_side_by_side_in_the_report(tm
     spec = {**TINY, "seeds": [3, 5], "phenomena": {"induction": {"n_sequences": 4}}}
     path, out = tmp_path / "tiny.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(spec))
-    only = CliRunner().invoke(app, ["train", str(path), "--out", str(out), "--only", "pool_seed5"])
+    options = ["--out", str(out), "--only", "pool_seed5", "--report-to", "tensorboard"]
+    only = CliRunner().invoke(app, ["train", str(path), *options])
     assert only.exit_code == 0, only.output
+    assert list((out / "pool_seed5" / "run" / "tensorboard").iterdir())
     assert [folder.name for folder in out.iterdir()] == ["pool_seed5"]
     wrong = CliRunner().invoke(app, ["train", str(path), "--out", str(out), "--only", "pool"])
     assert wrong.exit_code == 1
