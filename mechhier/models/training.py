@@ -522,7 +522,7 @@ class _Session(TrainerCallback):
             return
         parts = torch.stack(self.part_losses)
         by_process = torch.as_tensor(self.trainer.accelerator.gather(parts[None]))
-        by_step = by_process.double().mean(0).view(-1, self.manifest.train.gradient_accumulation).sum(1)
+        by_step = by_process.cpu().double().mean(0).view(-1, self.manifest.train.gradient_accumulation).sum(1)
         self.losses += by_step.tolist()
         self.part_losses.clear()
 
@@ -575,7 +575,7 @@ class _Session(TrainerCallback):
         model = self.model
         model.eval()
         parts = [
-            next_token_loss(model, rows.to(model.device), mean=False).double().cpu()
+            next_token_loss(model, rows.to(model.device), mean=False).cpu().double()
             for rows in self.eval_rows.split(self.part_rows)
         ]
         model.train()

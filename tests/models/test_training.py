@@ -97,6 +97,13 @@ def test_the_held_out_loss_by_position_equals_hugging_faces_and_stands_beside_th
     assert reference.log["floor"].dropna().unique() == pytest.approx([float(floor.floor_mean)])
 
 
+def test_a_stored_corpus_trains_the_same_run_as_one_made_while_training(plan, reference, tmp_path):
+    stored = plan.corpus.save(tmp_path / "corpus")
+    assert stored.path is not None
+    run = train(plan.spec, stored, tmp_path / "run", train=plan.train)
+    assert contents(run.path) == contents(reference.path)
+
+
 def test_packed_rows_have_no_floor(plan, tmp_path):
     packed = plan.corpus.grammar.corpus(tokens=40 * 12, context=12, packed=True)
     run = train(plan.spec, packed, tmp_path / "run", train=plan.train)
