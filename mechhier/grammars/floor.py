@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from mechhier.grammars.base import Grammar, Sample
+from mechhier.progress import track
 
 _ROWS_AT_A_TIME = 16  # an exact predictor holds a posterior per token
 _Z = 1.96  # normal quantile of a 95 % interval
@@ -28,10 +29,12 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
     """
     n_rows, context = sample.tokens.shape
     parts = []
-    for first in range(0, n_rows, _ROWS_AT_A_TIME):
-        rows = slice(first, first + _ROWS_AT_A_TIME)
-        labels = {name: label[rows] for name, label in sample.labels.items()}
-        parts.append(grammar.ideal_loss(Sample(sample.tokens[rows], labels)))
+    with track("the ideal predictor's loss", total=n_rows) as advance:
+        for first in range(0, n_rows, _ROWS_AT_A_TIME):
+            rows = slice(first, min(first + _ROWS_AT_A_TIME, n_rows))
+            labels = {name: label[rows] for name, label in sample.labels.items()}
+            parts.append(grammar.ideal_loss(Sample(sample.tokens[rows], labels)))
+            advance(rows.stop - rows.start)
     result = xr.Dataset(
         coords={"position": ("position", np.arange(context), {"long_name": "position in the row"})},
         attrs={

@@ -224,7 +224,7 @@ class TrainSpec(BaseModel):
     """Steps at which a checkpoint is kept besides those of the grid."""
     eval_rows: Annotated[int, Field(ge=2)] = 256
     """Rows of the corpus's validation split on which loss and floor are measured. The floor takes milliseconds a row, but
-    where fresh lexicons meet tied words (`binding`) about a second."""
+    where fresh lexicons meet tied words (`binding`) up to a second."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and the backward pass; weights, optimizer and evaluation are float32 always. `auto`: bfloat16
     autocast on a GPU that has it, else float32."""

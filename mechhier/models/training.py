@@ -506,8 +506,7 @@ class _Session(TrainerCallback):
             return None
         path = self.out / FLOOR
         if self.main and not path.is_file():
-            with track("the ideal predictor's loss", total=1):
-                results.save(self.held_out.floor(len(self.eval_rows)), path)
+            results.save(self.held_out.floor(len(self.eval_rows)), path)
         _processes().wait_for_everyone()
         return results.load(path)
 
