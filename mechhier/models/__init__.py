@@ -1,4 +1,10 @@
-"""From a corpus to weights, and from weights to a hooked model."""
+"""From a corpus to weights, and from weights to a hooked model.
+
+- `spec`: what to train and how; `training`: `train`; `run`: what a training leaves on disk.
+- `loading`: `load_model`, with `weights` (the files), `revision` (public checkpoints in order), `errors`, `tokenizer`.
+- `wrapping`: Hugging Face model in, TransformerLens model out.
+- `planted`: models with circuits written by hand, and what a sound measure must say of them.
+"""
 
 from __future__ import annotations
 

@@ -122,6 +122,7 @@ def train(
     manifest = _plan(spec, corpus, settings)
     existing = _check_folder(out, manifest)
     if existing is not None and existing.finished:
+        shutil.rmtree(out / TRAINER, ignore_errors=True)  # a kill just before the end leaves it
         return Run.open(out)
     with _only_process_in(out), _callers_random_state(), quiet_transformers():
         if _processes().is_main_process:

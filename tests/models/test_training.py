@@ -132,6 +132,23 @@ def test_a_finished_run_is_returned_without_training(plan, reference, monkeypatc
     assert contents(reference.path) == before
 
 
+def test_a_kill_after_the_last_write_leaves_no_state_for_good(plan, reference, tmp_path, monkeypatch):
+    remove = training.shutil.rmtree
+
+    def killed(path, **options):
+        if path.name == "trainer":
+            raise KilledError
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.shutil, "rmtree", killed)
+        with pytest.raises(KilledError):
+            train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
+    assert (tmp_path / "run" / "trainer").is_dir()
+    train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
+    assert contents(tmp_path / "run") == contents(reference.path)
+
+
 @pytest.mark.parametrize("write", [0, 1, 3, 9, 16, 27, 30])
 def test_a_kill_before_any_write_is_harmless(plan, reference, state_after_every_step, tmp_path, monkeypatch, write):
     out, done = tmp_path / "run", []

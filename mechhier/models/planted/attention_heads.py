@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -151,7 +153,7 @@ def planted_inert(vocab_size: int = 320, n_ctx: int = 128) -> PlantedModel:
     )
 
 
-def _repeats(vocab_size: int, n_ctx: int):
+def _repeats(vocab_size: int, n_ctx: int) -> Callable[[int, int], Int[Tensor, "sequence pos"]]:
     """Rows `r r` with distinct tokens in r, so that every token of the second copy has one earlier copy."""
     length = min(MAX_SEGMENT, vocab_size, n_ctx // 2)
 
