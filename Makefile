@@ -28,7 +28,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.grammars
 
 test-bridge: .venv-bridge/.ready
-	$(BRIDGE_BIN)/python -m pytest $(WORKERS) tests/probes tests/phenomena tests/models/test_loading.py \
+	$(BRIDGE_BIN)/python -m pytest $(WORKERS) tests/probes tests/phenomena tests/models/test_hooked.py tests/models/test_loading.py \
 		tests/models/test_planted.py tests/models/test_wrapping.py
 
 clean:

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from mechhier.models import load_model
 from mechhier.models.errors import ModelLoadError
+from mechhier.models.hooked import Hook, SiteName
 from mechhier.models.wrapping import hooked_transformer_class
 from mechhier.probes import Hooked
-from mechhier.probes.hooked import Hook, SiteName
 from tests.random_models import ARCHITECTURES, BRIDGE_ONLY, VARIANTS, random_hf, random_tokens
 
 SITES: tuple[SiteName, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "pattern")

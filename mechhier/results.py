@@ -30,6 +30,10 @@ _BOOTSTRAP_BYTES = 2**26
 Variables = dict[str, tuple[Sequence[str], np.ndarray, dict[str, str]]]
 
 
+class MeasurementWarning(UserWarning):
+    """A result holds NaN where a number could be expected; the message says where and why."""
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that a number depends on, as result attributes."""
     return {f"{name}_version": version(name) for name in ("mechhier", "transformer_lens", "transformers", "torch")}

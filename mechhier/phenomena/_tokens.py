@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from mechhier.models.hooked import Hooked
 from mechhier.models.loading import model_info
-from mechhier.probes.hooked import Hooked
 
 MAX_REPEAT = 64
 """Longest random segment; Olsson et al. (2022) and the library detectors use 25 to 100 tokens."""

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechhier.grammars import DocumentGrammar
+from mechhier.models.hooked import MAX_BYTES, Hook, Hooked
 from mechhier.models.loading import model_info
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.probes.attention import reduce_patterns
-from mechhier.probes.hooked import MAX_BYTES, Hook, Hooked
 from mechhier.probes.provenance import provenance
 from mechhier.results import Variables, scored
 

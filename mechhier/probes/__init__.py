@@ -16,6 +16,7 @@ Effects are measured by a metric, one number per sequence: `logit_difference`, `
 `Hooked` is what all of them are built on.
 """
 
+from mechhier.models.hooked import Hook, Hooked, SiteName
 from mechhier.probes.ablation import ablate, ablated
 from mechhier.probes.attention import (
     Edge,
@@ -28,7 +29,6 @@ from mechhier.probes.attention import (
 )
 from mechhier.probes.attribution_patching import attribution_patch
 from mechhier.probes.components import MLP, Attention, Head, HeadInput, Neurons, Resid
-from mechhier.probes.hooked import Hook, Hooked, SiteName
 from mechhier.probes.metrics import Metric, kl_divergence, log_probability, logit_difference, loss, probability
 from mechhier.probes.patching import patch, patched
 from mechhier.probes.path_patching import path_patch, path_patched

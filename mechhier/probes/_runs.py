@@ -12,8 +12,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import Hook, Hooked, SiteName
 from mechhier.probes.components import Index, at
-from mechhier.probes.hooked import Hook, Hooked, SiteName
 from mechhier.probes.metrics import Metric, name_of
 from mechhier.results import Variables, mean_interval, scored
 

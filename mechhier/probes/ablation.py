@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, rows_being_run
 from mechhier.probes import _runs
 from mechhier.probes.components import (
     MLP,
@@ -26,7 +27,6 @@ from mechhier.probes.components import (
     locate,
     read,
 )
-from mechhier.probes.hooked import MAX_BYTES, Hook, Hooked, rows_being_run
 from mechhier.probes.metrics import Metric, loss, name_of
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track

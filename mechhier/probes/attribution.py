@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechhier.probes.hooked import Hooked
+from mechhier.models.hooked import Hooked
 
 
 def target_directions(hooked: Hooked, targets: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:

@@ -11,8 +11,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
 from mechhier.probes import _runs
-from mechhier.probes.hooked import MAX_BYTES, Hook, Hooked, SiteName
 from mechhier.probes.metrics import Metric, name_of
 from mechhier.probes.patching import Direction, Plan, patched_values
 from mechhier.probes.provenance import provenance

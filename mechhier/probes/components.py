@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from mechhier.probes.hooked import Hooked, SiteName
+from mechhier.models.hooked import Hooked, SiteName
 
 Index: TypeAlias = "tuple[slice | int, ...]"
 Input: TypeAlias = Literal["q", "k", "v"]

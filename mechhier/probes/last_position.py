@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechhier.probes.hooked import Hook, Hooked
+from mechhier.models.hooked import Hook, Hooked
 
 
 class LastPosition:
@@ -22,7 +22,7 @@ class LastPosition:
     Args:
         hooked: The model.
         tokens: The sequences.
-        rows: Which sequences of the measurement they are (`mechhier.probes.hooked.rows_being_run`).
+        rows: Which sequences of the measurement they are (`mechhier.models.hooked.rows_being_run`).
 
     Attributes:
         streams: The residual stream at the last position that leaves each layer: [layer, sequence, d_model].

@@ -12,10 +12,10 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, HookFunction, SiteName, rows_being_run
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import Component, HeadInput, Index, Resid, check, grouped, locate
-from mechhier.probes.hooked import MAX_BYTES, Hook, Hooked, HookFunction, SiteName, rows_being_run
 from mechhier.probes.metrics import Metric, name_of
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track

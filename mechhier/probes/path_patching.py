@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import (
@@ -25,7 +26,6 @@ from mechhier.probes.components import (
     label,
     locate,
 )
-from mechhier.probes.hooked import MAX_BYTES, Hook, Hooked, SiteName
 from mechhier.probes.metrics import Metric, name_of
 from mechhier.probes.patching import taking
 from mechhier.probes.provenance import provenance

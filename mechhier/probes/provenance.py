@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mechhier.models.hooked import Hooked
 from mechhier.models.loading import model_info, weight_processing
-from mechhier.probes.hooked import Hooked
 from mechhier.results import netcdf_safe, versions
 
 

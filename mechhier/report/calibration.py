@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from mechhier.models.hooked import Hooked
 from mechhier.models.loading import load_model
 from mechhier.phenomena.function_vectors import function_vectors
 from mechhier.phenomena.hydra import hydra
@@ -15,7 +16,6 @@ from mechhier.phenomena.induction import induction
 from mechhier.phenomena.published import published
 from mechhier.phenomena.tasks import Task, concatenate, grammar_tasks
 from mechhier.probes.attention import patterns
-from mechhier.probes.hooked import Hooked
 
 if TYPE_CHECKING:
     from mechhier.models.planted import Answer, PlantedModel

@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 
+from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
 from mechhier.phenomena.function_vectors.indirect import attributed_effects, by_query, indirect_effects, mean_heads
 from mechhier.phenomena.function_vectors.injection import DOSES, PROMPTS, VECTORS, function_vectors_of, injections
@@ -22,7 +23,6 @@ from mechhier.phenomena.tasks import (
     other_tasks,
     word_tasks,
 )
-from mechhier.probes.hooked import MAX_BYTES, Hooked
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 from mechhier.results import Variables, mean_interval, scored

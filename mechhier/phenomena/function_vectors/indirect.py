@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import Hook, Hooked
 from mechhier.phenomena.tasks import Kind, Prompts
-from mechhier.probes.hooked import Hook, Hooked
 from mechhier.probes.last_position import last_positions
 
 

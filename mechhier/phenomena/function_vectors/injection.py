@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechhier.models.hooked import Hook, Hooked
 from mechhier.phenomena.function_vectors.indirect import by_query
 from mechhier.phenomena.tasks import Kind, Prompts, Task, concatenate, other_tasks
-from mechhier.probes.hooked import Hook, Hooked
 from mechhier.probes.last_position import LastPosition, last_positions
 from mechhier.progress import track
 from mechhier.results import Variables, mean_interval, scored

@@ -11,11 +11,11 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects, Level, Part, clean_run, effects, parts
 from mechhier.phenomena.hydra.statistics import compensation, head_response, repair_share, response, terms
 from mechhier.probes.ablation import Ablation, check_ablation, matched_noise, replacements
-from mechhier.probes.hooked import MAX_BYTES, Hooked
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import Hook, Hooked, SiteName
 from mechhier.probes.attribution import centred_logit, target_directions
-from mechhier.probes.hooked import Hook, Hooked, SiteName
 
 LayerKey: TypeAlias = tuple[str, int]
 """An attention or MLP layer: ("attention", 3), ("mlp", 3)."""

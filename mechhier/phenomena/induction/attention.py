@@ -11,9 +11,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import Hooked
 from mechhier.phenomena._tokens import bos_token
 from mechhier.phenomena.induction.losses import token_losses
-from mechhier.probes.hooked import Hooked
 
 WITH_CATEGORY_NULL = ("IND_text", "DUP_text", "NEXT_text")
 """Scores that syntax alone can raise; ROLE_text measures syntax, so that it has no such null."""

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import Hook, Hooked
 from mechhier.phenomena.induction.losses import copy_losses, late_minus_early, token_losses
-from mechhier.probes.hooked import Hook, Hooked
 
 MAX_SHARE = 8
 """At most one head in this many is ablated."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechhier.probes.hooked import Hooked
+from mechhier.models.hooked import Hooked
 
 N_SAMPLED_TOKENS = 2048
 """Tokens whose own logits give the copying score's interval; all of a smaller vocabulary."""

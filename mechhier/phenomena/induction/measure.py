@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
 from mechhier.phenomena._tokens import random_repeats
 from mechhier.phenomena.induction.attention import Sums, on_repeats, on_text
@@ -16,7 +17,6 @@ from mechhier.phenomena.induction.causal import Effects, ablate, choose_heads, c
 from mechhier.phenomena.induction.circuits import N_ROTATIONS, N_SAMPLED_TOKENS, copying_scores, k_composition
 from mechhier.phenomena.induction.kinds import KINDS, THRESHOLD, above_uniform, kinds_of
 from mechhier.phenomena.induction.losses import copy_losses, early_and_late, late_minus_early, text_and_floor
-from mechhier.probes.hooked import MAX_BYTES, Hooked
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 from mechhier.results import Variables, best_of, mean_interval, scored

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mechhier.grammars.base import stable_generator
+from mechhier.models.hooked import Hooked
 from mechhier.phenomena._tokens import bos_token
 from mechhier.phenomena.tasks.pairs import Pairs, built_in_tasks, read_pairs
 from mechhier.phenomena.tasks.prompts import KINDS, UNKNOWN, Prompts, Task
-from mechhier.probes.hooked import Hooked
 from mechhier.progress import announce
 
 DEMONSTRATION = "Q: {x}\nA: {y}\n\n"
