@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from mechhier.grammars import Corpus
+from mechhier.models import verification
 from mechhier.models.errors import (
     HubUnreachableError,
     IncompleteWeightsError,
@@ -36,6 +37,7 @@ from mechhier.models.errors import (
     UnsupportedModelError,
     WrongDtypeError,
 )
+from mechhier.models.hooked import VERIFICATION
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.revision import (
     cached_hub_revisions,
@@ -99,10 +101,14 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     processing: Processing = "none",
+    verify: bool = True,
 ) -> HookedModel:
-    """Load a model as a hooked model, its weights as they were trained unless asked otherwise.
+    """Load a model as a hooked model, its weights as they were trained unless asked otherwise, and look at it.
 
-    By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 in float32). Only
+    By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 of the largest in float32).
+    Whether they do, and whether edits, restarted runs and sums of writes are what they should be, is seen on three rows
+    of 16 tokens (`mechhier.models.verification`): what is wrong is refused, or that capability alone is switched off and
+    says so when it is asked for. Every result carries what was seen (attribute `verification`). Only
     safetensors are read, no code of a model's repository is run, and a tokenizer is attached where there is one.
     `model_info` says where the model came from; a checkpoint of a run also carries its grammar. A hub model that is in
     the hub's cache (of this machine, or shared by a cluster) loads without network.
@@ -125,6 +131,7 @@ def load_model(
             LayerNorm), the unembedding centred, value biases folded into the output bias. Logits then differ from
             the raw model's by a constant at each position, so probabilities are the same. Only for llama, olmo, gpt2
             and gpt_neox in float32 or float64.
+        verify: Whether to look at the model. Without it a wrong model is measured in silence.
 
     Raises:
         ModelNotFoundError: No such folder or hub name, or a folder without a model.
@@ -133,12 +140,14 @@ def load_model(
         IncompleteWeightsError: Weight files that are absent or cut short, or that lack weights of the model.
         NoSafetensorsError: No safetensors weights.
         UnsupportedModelError: An architecture that transformers or TransformerLens does not know, or whose folded
-            weights would be wrong.
+            weights would be wrong; a hooked model whose logits are not Hugging Face's or not finite, that is not causal,
+            or that has no attention and residual stream in every layer.
         WrongDtypeError: None of the four dtypes, or folding in less than float32.
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
 
-    Cost: no forward pass. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
+    Cost: passes over some tokens (see `mechhier.models.verification.verify`), about as long as two passes of a
+    hundred tokens in all. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
     classes; a `HookedTransformer` with rotary positions also has its tables, 2 x n_layers x n_ctx x d_head numbers,
     which count only where the context is long for the width. On the CPU, in the dtype of the files, weights stay in
     the files' pages until they are changed: the files must not be overwritten in place while the model is in use. A
@@ -159,7 +168,9 @@ def load_model(
     if not isinstance(source, (str, Path)):
         if revision is not None:
             raise ModelLoadError("revision applies to hub names and folders of revisions; this model is in memory")
-        return _from_memory(source, as_=as_, device=chosen_device, dtype=chosen_dtype, processing=processing)
+        return _from_memory(
+            source, as_=as_, device=chosen_device, dtype=chosen_dtype, processing=processing, verify=verify
+        )
     files, info = _locate(source, revision)
     return _from_files(
         files,
@@ -168,6 +179,7 @@ def load_model(
         device=chosen_device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=chosen_dtype or torch.float32,
         processing=processing,
+        verify=verify,
     )
 
 
@@ -344,6 +356,7 @@ def _from_files(
     device: torch.device,
     dtype: torch.dtype,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
     with quiet_transformers():
         architecture = _architecture(files)
@@ -352,7 +365,7 @@ def _from_files(
         model = _read_weights(files, dtype=dtype, device=device)
         model.config.name_or_path = info.name
         tokenizer = _read_tokenizer(files.folder)
-        hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing)
+        hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing, verify=verify)
     return _attach(hooked, replace(info, architecture=architecture, processing=processing))
 
 
@@ -417,26 +430,39 @@ def _wrap(
     tokenizer: PreTrainedTokenizerBase | None,
     as_: ModelClass | None,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
-    """The hooked model; takes over `model`, which must not be used afterwards."""
-    hooked = None
-    try:
-        if as_ != "bridge" and (as_ == "hooked" or hooked_transformer_class() is not None):
+    """The hooked model, looked at; takes over `model`, which must not be used afterwards."""
+    # Before the bridge puts its own components into the model.
+    expected = verification.hugging_face(model) if verify else None
+    if as_ != "bridge" and (as_ == "hooked" or hooked_transformer_class() is not None):
+        try:
             hooked = to_hooked_transformer(model, tokenizer=tokenizer)
-    except UnsupportedModelError as error:
-        if as_ == "hooked":
-            raise UnsupportedModelError(f"{error}. What to do: load it with as_='bridge'") from error
-    if hooked is not None:
-        if processing == "folded":
-            hooked.process_weights_()
-        return hooked
+            if processing == "folded":
+                hooked.process_weights_()
+            return _looked_at(hooked, expected)
+        except UnsupportedModelError as error:
+            if as_ == "hooked":
+                raise UnsupportedModelError(_with_remedy(error, "load it with as_='bridge'")) from error
     try:
         bridge = to_bridge(model, tokenizer=tokenizer)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error}. What to do: TransformerLens lists the models it supports") from error
+        raise UnsupportedModelError(_with_remedy(error, "TransformerLens lists the models it supports")) from error
     if processing == "folded":
         bridge.enable_compatibility_mode(disable_warnings=True)
-    return bridge
+    return _looked_at(bridge, expected)
+
+
+def _with_remedy(error: UnsupportedModelError, remedy: str) -> str:
+    return str(error) if "What to do" in str(error) else f"{error}. What to do: {remedy}"
+
+
+def _looked_at(hooked: HookedModel, expected: verification.Expected | None) -> HookedModel:
+    if expected is None:
+        verification.skip(hooked)
+    else:
+        verification.verify(hooked, expected=expected)
+    return hooked
 
 
 def _check_processing(processing: Processing, architecture: str, dtype: torch.dtype) -> None:
@@ -461,6 +487,7 @@ def _from_memory(
     device: torch.device | None,
     dtype: torch.dtype | None,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
     if isinstance(source, PreTrainedModel):
         _check_processing(processing, source.config.model_type, dtype or source.dtype)
@@ -469,7 +496,7 @@ def _from_memory(
         model.to(device=device or source.device, dtype=dtype or source.dtype)  # pyright: ignore[reportCallIssue]
         name = source.config.name_or_path or type(source).__name__
         info = ModelInfo(name=name, architecture=source.config.model_type, processing=processing)
-        return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing), info)
+        return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing, verify=verify), info)
     kind = _hooked_kind(source)
     if kind is None:
         raise ModelLoadError(
@@ -482,6 +509,8 @@ def _from_memory(
         raise ModelLoadError(
             "a hooked model is returned as it is: move, cast or fold it yourself, or load it from its source"
         )
+    if VERIFICATION not in source.__dict__:
+        verification.verify(source) if verify else verification.skip(source)
     return source if model_info(source) else _attach(source, _info_of_hooked(source, kind))
 
 

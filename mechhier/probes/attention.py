@@ -106,7 +106,8 @@ def knock_out(
     """The effect on a metric of cutting attention from some positions to others, one entry after the other.
 
     The chosen entries of the pattern are set to zero and their rows renormalised: the same as masking the scores before
-    the softmax (Geva et al. 2023). A row that has nothing left, as far as its dtype resolves, attends to nothing.
+    the softmax (Geva et al. 2023). In a model with attention sinks (gpt-oss) the sink stays in the softmax. A row that
+    has nothing left, as far as its dtype resolves, attends to nothing.
 
     Cost: one forward pass, and for each entry one over the layers from its first on.
 
@@ -336,6 +337,9 @@ def _knocking_out(hooked: Hooked, edges: Sequence[Edge]) -> list[Hook]:
             cut = cut.to(pattern.device)
             left = pattern.float().masked_fill(cut, 0.0)
             total = left.sum(-1, keepdim=True)
+            if hooked.verification.has_sinks:
+                # What goes to no key takes part in the softmax, and keeps its part.
+                total = total + (1.0 - pattern.float().sum(-1, keepdim=True)).clamp(min=0.0)
             share = torch.where(total > 0, left / total, 0.0)
             return torch.where(cut.any(-1, keepdim=True), share.to(pattern.dtype), pattern)
 

@@ -222,7 +222,7 @@ class Plan:
             raise ValueError(f"sites must be one or several of {', '.join(known)}, got {sites!r}")
         if direction not in get_args(Direction):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
-        grouped_heads = int(getattr(hooked.cfg, "n_key_value_heads", None) or hooked.n_heads)
+        grouped_heads = hooked.n_kv_heads
         units = {
             first.shape[1] if name in POSITION_SITES else grouped_heads if name in ("k", "v") else hooked.n_heads
             for name in names
@@ -235,7 +235,7 @@ class Plan:
             (position,) = _positions(position, first.shape[1])
         if "resid_mid" in names and hooked.parallel:
             raise ValueError("resid_mid does not exist in a model whose attention and MLP run in parallel")
-        if "mlp_out" in names and getattr(hooked.cfg, "attn_only", False):
+        if "mlp_out" in names and hooked.attn_only:
             raise ValueError("mlp_out does not exist in a model of attention layers only")
         return cls(first, second, names, units.pop(), hooked.n_layers, position, direction, single)
 

@@ -218,7 +218,7 @@ class _Paths:
         layers = range(hooked.n_layers)
         frozen: set[_runs.Site] = {("z", layer) for layer in layers}
         parts = {part for entry in senders for part in entry}
-        if freeze_mlps and not getattr(hooked.cfg, "attn_only", False):
+        if freeze_mlps and not hooked.attn_only:
             frozen |= {("mlp_out", layer) for layer in layers}
             frozen |= {("mlp_post", part.layer) for part in parts if isinstance(part, Neurons)}
         starts = {part.layer for entry in (*senders, *receivers) for part in entry} - {0}
