@@ -7,7 +7,6 @@ what cannot be built small in this way is left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,6 +86,12 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 0,
     "layer_norm_eps": 1e-5,
 }
+
+
+def _rope(**settings: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, **settings}
+
+
 _AS_LONG_AS_LAYERS = ("layer_types", "attention_types", "mlp_layer_types", "layers_block_type", "block_types")
 
 
@@ -129,8 +134,12 @@ def build_small(model_type: str) -> transformers.PreTrainedModel | None:
     """A model with random weights large enough that every component matters; None if it cannot be built small."""
     for instead in _INSTEAD:
         try:
-            return _build(small_config(model_type, instead=instead))
-        except Exception:  # noqa: BLE001, S112  whatever it has against small sizes: then it is not in the list
+            model = _build(small_config(model_type, instead=instead))
+            if model is not None:
+                with torch.no_grad():
+                    model(torch.zeros(1, 8, dtype=torch.long), use_cache=False)
+            return model
+        except Exception:  # noqa: BLE001  whatever it has against small sizes: then it is not in the list
             continue
     return None
 
@@ -149,11 +158,75 @@ def _build(config: Any) -> transformers.PreTrainedModel | None:
             if parameter.is_floating_point():
                 gain = parameter.ndim == 1 and name.endswith("weight") and bool((parameter == 1).all())
                 torch.nn.init.normal_(parameter, mean=float(gain), std=0.2)
-        with torch.no_grad():
-            model(torch.zeros(1, 8, dtype=torch.long), use_cache=False)
     return model
 
 
-def model_types() -> Iterator[str]:
-    """The architectures that transformers has as causal language models."""
-    yield from sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# Attention of every kind, and multipliers that are not 1: settings that the defaults above do not reach.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite, multiplied": (
+        "granite",
+        {"logits_scaling": 8.0, "residual_multiplier": 0.4, "embedding_multiplier": 6.0, "attention_multiplier": 0.1},
+    ),
+    "falcon, ALiBi": ("falcon", {"alibi": True, "new_decoder_architecture": False, "parallel_attn": False}),
+    "falcon, sequential": ("falcon", {"parallel_attn": False, "new_decoder_architecture": False}),
+    "bloom, norm after": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "gpt_neox, partial rotary": ("gpt_neox", {"rope_parameters": _rope(partial_rotary_factor=0.375)}),
+    "gpt_neox, odd partial rotary": ("gpt_neox", {"rope_parameters": _rope(partial_rotary_factor=0.3125)}),
+    "phi, odd partial rotary": ("phi", {"rope_parameters": _rope(partial_rotary_factor=0.3125)}),
+    "llama, linear": ("llama", {"rope_parameters": _rope(rope_type="linear", factor=4.0)}),
+    "llama, dynamic": (
+        "llama",
+        {"rope_parameters": _rope(rope_type="dynamic", factor=4.0), "max_position_embeddings": 12},
+    ),
+    "llama, yarn": (
+        "llama",
+        {"rope_parameters": _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=12)},
+    ),
+    "llama, llama3": (
+        "llama",
+        {
+            "rope_parameters": _rope(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=12,
+            )
+        },
+    ),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "rope_parameters": _rope(
+                rope_type="longrope",
+                short_factor=[1.0] * 8,
+                long_factor=[4.0] * 8,
+                original_max_position_embeddings=12,
+                partial_rotary_factor=1.0,
+            ),
+            "original_max_position_embeddings": 12,
+        },
+    ),
+    "mistral, sliding": ("mistral", {"sliding_window": 5}),
+    "gemma2, capped": ("gemma2", {"sliding_window": 5, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
+    "gpt_oss, sinks": ("gpt_oss", {"sliding_window": 5}),
+    "qwen2, one group": ("qwen2", {"num_key_value_heads": 1}),
+    "stablelm, norms of queries": ("stablelm", {"qk_layernorm": True}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5}),
+    "gpt2, unscaled": ("gpt2", {"scale_attn_weights": False}),
+    "opt, norm after": ("opt", {"do_layer_norm_before": False}),
+    "opt, projected": ("opt", {"word_embed_proj_dim": 32}),
+}
+
+
+def build_variant(name: str) -> transformers.PreTrainedModel | None:
+    """A model of `VARIANTS`."""
+    model_type, settings = VARIANTS[name]
+    config = small_config(model_type, instead={})
+    described = {**config.to_dict(), **settings}
+    return _build(type(config).from_dict(described))
+
+
+MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+"""The architectures that transformers has as causal language models."""

@@ -680,7 +680,7 @@ class Hooked:
 
     def _adapt(self, name: str, function: HookFunction) -> tuple[str, Callable[..., Tensor]]:
         if name not in self._hook_names:
-            raise ValueError(f"{type(self.model).__name__} of this architecture has no hook {name!r}")
+            raise CapabilityError(f"{type(self.model).__name__} of this architecture has no hook {name!r}")
 
         def always_return(activation: Tensor, hook: Any) -> Tensor:
             edited = function(activation)

@@ -101,8 +101,7 @@ def hydra(
         True
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    if getattr(hooked.cfg, "output_logits_soft_cap", None) and hooked.cfg.output_logits_soft_cap > 0:
-        raise ValueError("direct effects are not defined for a model that caps its logits (output_logits_soft_cap)")
+    hooked.require("direct effects")
     if level not in get_args(Level):
         raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
     if n_null < 0:

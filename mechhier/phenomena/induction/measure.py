@@ -14,7 +14,7 @@ from mechhier.models.loading import model_info
 from mechhier.phenomena._tokens import random_repeats
 from mechhier.phenomena.induction.attention import Sums, on_repeats, on_text
 from mechhier.phenomena.induction.causal import Effects, ablate, choose_heads, control_sets
-from mechhier.phenomena.induction.circuits import N_ROTATIONS, N_SAMPLED_TOKENS, copying_scores, k_composition
+from mechhier.phenomena.induction.circuits import N_ROTATIONS, N_SAMPLED_TOKENS, copying_scores, k_composition, why_not
 from mechhier.phenomena.induction.kinds import KINDS, THRESHOLD, above_uniform, kinds_of
 from mechhier.phenomena.induction.losses import copy_losses, early_and_late, late_minus_early, text_and_floor
 from mechhier.probes.provenance import provenance
@@ -259,6 +259,8 @@ def _bounded(
 
 def _from_weights(hooked: Hooked, previous: Float[np.ndarray, "layer head"], *, seed: int) -> Variables:
     dims = ("layer", "head")
+    if (why := why_not(hooked)) is not None:
+        warnings.warn(f"copying and K-composition are NaN: {why}", MeasurementWarning, stacklevel=3)
     variables = _bounded(
         "copying",
         dims,
