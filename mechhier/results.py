@@ -120,7 +120,7 @@ def mean_interval(
     """
     sums, counts = np.broadcast_arrays(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
     estimate = np.asarray(statistic(sums, counts, 0))
-    counted = counts.reshape(len(counts), -1).any(axis=1)
+    counted = counts.any(axis=tuple(range(1, counts.ndim)))
     sums, counts = sums[counted], counts[counted]
     if len(sums) < MIN_SAMPLES:
         return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
@@ -361,6 +361,14 @@ def scored(
     bounds = (low - high, high - low) if change else (low, high)
     values = mean_interval(sums, counts, seed=seed, strata=strata, bounds=bounds)
     return with_bounds(name, dims, values, long_name=long_name, units=units)
+
+
+def undefined(variables: Variables) -> tuple[list[str], list[str]]:
+    """Names of the variables with bounds that are NaN somewhere, and of those of which only the bounds are."""
+    names = [name for name in variables if f"{name}_low" in variables]
+    values = [name for name in names if np.isnan(variables[name][1]).any()]
+    bounds = [name for name in names if name not in values and np.isnan(variables[f"{name}_low"][1]).any()]
+    return values, bounds
 
 
 def with_bounds(
