@@ -341,6 +341,7 @@ def scored(
     seed: int,
     strata: Int[np.ndarray, " sample"] | None = None,
     change: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> Variables:
     """The variables `name`, `name_low`, `name_high` of a mean over samples (see `mean_interval`).
 
@@ -356,9 +357,11 @@ def scored(
         seed: As in `mean_interval`.
         strata: As in `mean_interval`.
         change: Whether the variable is a difference of two values in these units, which has another range.
+        bounds: Its range where that is another (of what is estimated to first order, `UNBOUNDED`).
     """
-    low, high = RANGES.get(units, UNBOUNDED)
-    bounds = (low - high, high - low) if change else (low, high)
+    if bounds is None:
+        low, high = RANGES.get(units, UNBOUNDED)
+        bounds = (low - high, high - low) if change else (low, high)
     values = mean_interval(sums, counts, seed=seed, strata=strata, bounds=bounds)
     return with_bounds(name, dims, values, long_name=long_name, units=units)
 
