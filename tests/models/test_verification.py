@@ -101,9 +101,9 @@ def module_that_writes(hf, tokens, written):
 
     def look(module, inputs, output):
         first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, torch.Tensor) and first.shape == written.shape:
-            if torch.allclose(first, written, atol=1e-5 * float(written.abs().max())):
-                found.append(module)
+        same_shape = isinstance(first, torch.Tensor) and first.shape == written.shape
+        if same_shape and torch.allclose(first, written, atol=1e-5 * float(written.abs().max())):
+            found.append(module)
 
     handles = [module.register_forward_hook(look) for module in hf.modules()]
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_attention_that_can_only_be_watched_refuses_every_edit_of_its_pattern(mo
         lambda: mh.probes.knock_out(model, tokens, [Edge(keys=0)]),
         lambda: mh.probes.force_pattern(model, tokens, [Head(0, 0)], "previous"),
     ):
-        with pytest.raises(CapabilityError, match="pattern edits.*only be watched"):
+        with pytest.raises(CapabilityError, match=r"pattern edits.*only be watched"):
             call()
     mh.phenomena.induction(model, n_sequences=4, n_controls=0)  # only watches
 
