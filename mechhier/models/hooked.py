@@ -86,7 +86,6 @@ class Verification:
         multipliers: By what the outputs at "attn_out" and "mlp_out" are multiplied before they are added to the stream.
         logit_multiplier: By what the normed stream times the unembedding is multiplied.
         has_sinks: Whether a part of the attention goes to no key.
-        z_is_attended_values: Whether z is the pattern times the values: no gate, no other projection between.
     """
 
     right: tuple[str, ...] = ()
@@ -96,7 +95,6 @@ class Verification:
     multipliers: Mapping[str, float] = field(default_factory=dict)
     logit_multiplier: float = 1.0
     has_sinks: bool = False
-    z_is_attended_values: bool = True
 
     def __str__(self) -> str:
         if not self.right:

@@ -77,7 +77,8 @@ def hugging_face(model: PreTrainedModel) -> Expected:
         UnsupportedModelError: The model cannot be run on tokens alone, or has no logits.
     """
     config: Any = model.config.get_text_config()
-    rows = _rows(config.vocab_size, getattr(config, "max_position_embeddings", None) or LENGTH)
+    n_ctx = getattr(config, "max_position_embeddings", None) or LENGTH
+    rows = _rows(config.vocab_size, n_ctx if n_ctx > 0 else LENGTH)  # XLNet's -1 is no limit
     try:
         with torch.no_grad():
             return Expected(rows, model.eval()(input_ids=rows.to(model.device), use_cache=False).logits)
@@ -212,7 +213,9 @@ class _Look:
 
             return read
 
-        there = [(site, layer) for site in _RECORDED for layer in self.layers if self.hooked.has(site, layer)]
+        there: list[tuple[SiteName, int]] = [
+            (site, layer) for site in _RECORDED for layer in self.layers if self.hooked.has(site, layer)
+        ]
         reading: list[Hook] = [(site, layer, keep(site, layer)) for site, layer in there]
         if self.hooked.has("final_scale", None):
             reading.append(("final_scale", None, keep("final_scale", 0)))
@@ -299,7 +302,7 @@ class _Look:
     def _edited(self) -> dict[str, Seen]:
         names = list(_VARIANTS)
         hooks: list[Hook] = []
-        for site in ("resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "mlp_post"):
+        for site in _RECORDED:
             if site in self.wrong:
                 continue
             of_site = {row: _VARIANTS[name][site] for row, name in enumerate(names) if site in _VARIANTS[name]}
@@ -337,31 +340,35 @@ class _Look:
         a, b = self.edited[one], self.edited[other]
         return [layer for layer in self.layers if not self._differ(a[site, layer], b[site, layer], tolerance=1e-6)]
 
-    def _attended(self, row: Seen, layer: int) -> Tensor:
-        """What the heads put out if it is the pattern times the values."""
-        values = row["v", layer].float()
-        values = values.repeat_interleave(self.hooked.n_heads // values.shape[1], dim=1)
-        return torch.einsum("hqk,khd->qhd", row["pattern", layer].float(), values)
+    def _is_attended(self, variant: str) -> bool:
+        """Whether z is the pattern times the values; it is not where a gate or another projection follows."""
+        if {"pattern", "v", "z"} & set(self.wrong):
+            return False
+        row = self.edited[variant]
+        for layer in self.layers:
+            values = row["v", layer].float().repeat_interleave(self.hooked.n_heads // row["v", layer].shape[1], dim=1)
+            attended = torch.einsum("hqk,khd->qhd", row["pattern", layer].float(), values)
+            if self._differ(attended, row["z", layer]):
+                return False
+        return True
 
     def _check_edits_of_pattern(self) -> str | None:
         if "z" in self.wrong:
             return "the heads' outputs cannot be read, so that an edit's effect is not seen"
         if unchanged := self._unchanged("z", "clean", "pattern"):
             return f"an edit changes nothing at layers {unchanged}: the attention there can only be watched"
-        exact = "v" not in self.wrong and not any(
-            self._differ(self._attended(self.edited[name], layer), self.edited[name]["z", layer])
-            for name in ("clean", "pattern")
-            for layer in self.layers
-        )
+        if self._is_attended("clean") and not self._is_attended("pattern"):
+            return "an edit is not what the values are attended with"
         rows = [self.clean["pattern", layer].float().sum(-1) for layer in self.layers]
         self.facts["has_sinks"] = any(bool((row < 1 - self.tolerance).any()) for row in rows)
-        # Where a gate or another projection follows, it is not: then that both change must do.
-        self.facts["z_is_attended_values"] = exact
         return None
 
     def _check_edits_of_v(self) -> str | None:
         unchanged = [] if "z" in self.wrong else self._unchanged("z", "clean", "v")
-        return f"an edit changes nothing at layers {unchanged}" if unchanged else None
+        if unchanged:
+            return f"an edit changes nothing at layers {unchanged}"
+        edited = self._is_attended("v") or not self._is_attended("clean")
+        return None if edited else "an edit is not what is attended to"
 
     def _check_edits_of_z(self) -> str | None:
         unchanged = [
@@ -493,6 +500,11 @@ class _Look:
         """Whether queries, keys and values are the normed stream times the weights, plus a bias."""
         if missing := {"q", "k", "v"} & set(self.wrong):
             return f"{sorted(missing)} cannot be read"
+        readers: list[tuple[SiteName, Callable[[int], Tensor]]] = [
+            ("q", self.hooked.W_Q),
+            ("k", self.hooked.W_K),
+            ("v", self.hooked.W_V),
+        ]
         for layer in self.layers:
             stream = self.clean["resid_pre", layer].float()
             gain = self.hooked.attention_gains(layer)[0]
@@ -500,7 +512,7 @@ class _Look:
                 if self.hooked.final_norm == "layer":
                     stream = stream - stream.mean(-1, keepdim=True)
                 stream = stream / (stream.pow(2).mean(-1, keepdim=True) + self.hooked.eps).sqrt() * gain.float()
-            for site, weights in (("q", self.hooked.W_Q), ("k", self.hooked.W_K), ("v", self.hooked.W_V)):
+            for site, weights in readers:
                 read = torch.einsum("bpm,hmd->bphd", stream, weights(layer).float())
                 actual = self.clean[site, layer].float()
                 actual = actual.repeat_interleave(self.hooked.n_heads // actual.shape[2], dim=2)

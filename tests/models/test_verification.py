@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import every_architecture
 import pytest
@@ -14,6 +15,7 @@ from mechhier.models import load_model, verification
 from mechhier.models.errors import CapabilityError, ModelLoadError, UnsupportedModelError
 from mechhier.models.hooked import VERIFICATION, Hooked
 from mechhier.probes import Edge, Head, ablated, attribution_patch, knocked_out, logit_difference, patch
+from mechhier.probes.attribution import centred_logit, target_directions
 from mechhier.probes.last_position import LastPosition
 
 needs_hooked_transformer = pytest.mark.skipif(
@@ -96,10 +98,11 @@ def check_ablation(hf, hooked, tokens):
 
 
 def module_that_writes(hf, tokens, written):
-    """The outermost module whose output is the tensor."""
-    found = []
+    """The outermost module that runs once, and whose output is the tensor."""
+    found, runs = [], Counter()
 
     def look(module, inputs, output):
+        runs[module] += 1
         first = output[0] if isinstance(output, tuple) and output else output
         same_shape = isinstance(first, torch.Tensor) and first.shape == written.shape
         if same_shape and torch.allclose(first, written, atol=1e-5 * float(written.abs().max())):
@@ -110,7 +113,8 @@ def module_that_writes(hf, tokens, written):
         hf(tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    return found[-1] if found else None
+    once = [module for module in found if runs[module] == 1]
+    return once[-1] if once else None
 
 
 def check_knock_out(hf, model, tokens):
@@ -230,9 +234,9 @@ def test_multipliers_are_in_direct_effects():
     streams, writes, scales = [], [], []
     hooks = [(site, layer, writes.append) for layer in range(hooked.n_layers) for site in ("attn_out", "mlp_out")]
     logits = hooked.run(tokens, [*hooks, ("embed", None, streams.append), ("final_scale", None, scales.append)])
-    directions = mh.probes.target_directions(hooked, tokens)
+    directions = target_directions(hooked, tokens)
     total = sum(((write * directions).sum(-1) for write in [streams[0], *writes]), torch.zeros(tokens.shape))
-    assert_close(total / scales[0][..., 0], mh.probes.centred_logit(logits, tokens))
+    assert_close(total / scales[0][..., 0], centred_logit(logits, tokens))
 
 
 def test_gains_are_what_the_norm_multiplies_by_however_they_are_stored():
