@@ -16,7 +16,6 @@ from random_models import (
 import mechhier as mh
 from mechhier.models import load_model
 from mechhier.models.planted import planted_backup, planted_inert
-from mechhier.phenomena.hydra import _perturbed
 from mechhier.probes import MLP, Head, Hooked, ablated
 
 TERMS = ("own_change", "attention_growth", "mlp_change", "norm_change")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
+from scipy import stats
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.phenomena._tokens import natural_tokens
-from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects, Level, Part, clean_run, effects, parts
+from mechhier.phenomena.hydra.effects import (
+    COMPONENTS,
+    Clean,
+    Effects,
+    Level,
+    Part,
+    clean_run,
+    effects,
+    parts,
+    turned_run,
+    turning,
+)
 from mechhier.phenomena.hydra.statistics import compensation, head_response, repair_share, response, terms
-from mechhier.probes.ablation import Ablation, check_ablation, matched_noise, replacements
+from mechhier.probes.ablation import Ablation, check_ablation, draw_donors, replacements
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 
@@ -25,14 +35,17 @@ DEFINITION = (
     "attention growth + MLP change + norm change, where own, attention and MLP are Delta DE of m's layer, of the attention "
     "and of the MLP layers downstream of m, and norm = (s/s' - 1) (logit_i + sum Delta DE). Self-repair = TE - own change. "
     "Hydra = attention growth. Compensation = OLS slope of self-repair on DE_m over positions. Repair share = sum of "
-    "self-repair / sum of -own change, where the mean DE_m exceeds {min_direct_effect}."
+    "self-repair / sum of -own change, where the mean DE_m exceeds {min_lost}."
 )
 SOURCE = "McGrath et al. 2023, The Hydra Effect; Rushing & Nanda 2024, Explorations of Self-Repair"
 
-MIN_DIRECT_EFFECT = 0.1
+MIN_LOST = 0.1
 """Logits; a share of less is a ratio of noise (the published shares are of heads with more, see Rushing & Nanda 2024)."""
 _TOLERANCE = 1e-3
-"""Largest effect of an ablation that should have none, relative to the largest direct effect."""
+"""Largest effect of what should have none, relative to the largest logit or direct effect."""
+_ROUNDINGS = 16
+"""The same in roundings of the weights' dtype, where that is coarser."""
+
 
 
 def hydra(
@@ -42,7 +55,7 @@ def hydra(
     level: Level = "layer",
     targets: Int[Any, "batch pos"] | None = None,
     ablation: Ablation = "resample",
-    n_patches: int = 16,
+    n_patches: int | None = None,
     n_null: int = 4,
     min_probability: float = 0.5,
     n_sequences: int = 64,
@@ -111,29 +124,39 @@ def hydra(
         text, rows = natural_tokens(hooked, n_sequences, seed=seed)
     else:
         text, rows = "given by the caller", hooked.check_tokens(tokens)
-    check_ablation(ablation, len(rows), n_patches)
+    n_patches = check_ablation(ablation, len(rows), n_patches)
     wanted = None if targets is None else hooked.check_tokens(targets)
     if wanted is not None and wanted.shape != rows.shape:
         raise ValueError(f"targets need one token per position, {list(rows.shape)}, got {list(wanted.shape)}")
 
-    clean = clean_run(hooked, rows, level=level, targets=wanted, min_probability=min_probability)
-    ablated_parts = parts(hooked, level)
     generator = torch.Generator().manual_seed(seed)
+    donors = None
+    if ablation == "resample":
+        donors = draw_donors(len(rows), len(rows), n_patches, own=True, generator=generator)
+    rotations = _rotations(hooked, n_null, seed=seed)
+    clean = clean_run(hooked, rows, level=level, targets=wanted, min_probability=min_probability)
+    tolerance, ablated_parts = _tolerance(hooked, clean), parts(hooked, level)
     ablated: list[Effects] = []
-    null: list[Effects] = []
+    null: list[list[Effects]] = [[] for _ in rotations]
+    no_op_error = 0.0
     with track(f"hydra: ablating {level}s", total=len(ablated_parts)) as advance:
         for part in ablated_parts:
             output = clean.output(part)
-            ablated.append(effects(hooked, clean, part, replacements(output, ablation, n_patches=n_patches)))
-            if n_null:
-                null.append(effects(hooked, clean, part, _perturbed(output, ablation, n_patches, n_null, generator)))
+            ablated.append(effects(hooked, clean, part, replacements(output, ablation, donors)))
+            no_op_error = max(no_op_error, _no_op_error(hooked, clean, part, ablated[-1], tolerance))
+            _check_identity(part, ablated[-1], tolerance)
+            for draw, rotation in enumerate(rotations):
+                of_draw = None if donors is None else donors[[draw % len(donors)]]
+                turned = turning(hooked, clean, part, ablation, rotation)
+                base = turned_run(hooked, clean, turned, level=level, targets=wanted)
+                versions = replacements(output, ablation, of_draw)
+                null[draw].append(effects(hooked, base, part, versions, turning=turned))
             advance()
-    no_op_error = _no_op_error(hooked, clean, ablated_parts[0], ablated)
 
     shape = _shape(hooked, level)
-    variables = terms(clean, ablated_parts, ablated, null, shape, seed=seed)
-    variables |= compensation(clean, ablated_parts, ablated, shape, seed=seed)
-    variables |= repair_share(variables, ablated, shape, min_direct_effect=MIN_DIRECT_EFFECT, seed=seed)
+    variables = terms(clean, ablated, null, shape, seed=seed)
+    variables |= compensation(ablated, null, shape, seed=seed)
+    variables |= repair_share(variables, ablated, null, shape, min_lost=MIN_LOST, seed=seed)
     variables |= response(clean, ablated, shape, seed=seed)
     if level == "head":
         variables |= head_response(ablated, shape)
@@ -174,11 +197,11 @@ def hydra(
         attrs=provenance(
             hooked,
             phenomenon="hydra",
-            definition=DEFINITION.format(min_direct_effect=MIN_DIRECT_EFFECT),
+            definition=DEFINITION.format(min_lost=MIN_LOST),
             source=SOURCE,
             level=level,
             ablation=ablation,
-            n_patches=n_patches if ablation == "resample" else 1,
+            n_patches=n_patches,
             null=f"random perturbation of the same norm, {n_null} draws" if n_null else "none",
             target="top token of the clean run" if wanted is None else "given by the caller",
             min_probability=min_probability,
@@ -195,31 +218,48 @@ def _shape(hooked: Hooked, level: Level) -> dict[str, int]:
     return {"component": len(COMPONENTS), "layer": hooked.n_layers}
 
 
-def _perturbed(
-    output: Float[Tensor, "sequence pos width"],
-    ablation: Ablation,
-    n_patches: int,
-    n_null: int,
-    generator: torch.Generator,
-) -> Iterator[Float[Tensor, "sequence pos width"]]:
-    """`n_null` random perturbations, each as large as one of the ablation's replacements."""
-    versions = list(replacements(output, ablation, n_patches=min(n_patches, n_null)))
-    for draw in range(n_null):
-        yield matched_noise(output, versions[draw % len(versions)], generator)
+def _rotations(hooked: Hooked, n: int, *, seed: int) -> list[torch.Tensor]:
+    """Random rotations of the stream, float32 [d_model, d_model]."""
+    rng = np.random.default_rng(seed)
+    return [
+        torch.as_tensor(stats.ortho_group.rvs(hooked.d_model, random_state=rng), dtype=torch.float32, device=hooked.device)
+        for _ in range(n)
+    ]
 
 
-def _no_op_error(hooked: Hooked, clean: Clean, part: Part, ablated: list[Effects]) -> float:
-    """Largest effect where there can be none.
+def _tolerance(hooked: Hooked, clean: Clean) -> float:
+    """Largest effect, in logits, of what should have none: relative to the logits and direct effects."""
+    of_dtype = max(_TOLERANCE, _ROUNDINGS * torch.finfo(hooked.dtype).eps)
+    return of_dtype * (1.0 + max(float(values.abs().max()) for values in (clean.logit, *clean.direct.values())))
+
+
+def _no_op_error(hooked: Hooked, clean: Clean, part: Part, ablated: Effects, tolerance: float) -> float:
+    """Largest effect where there can be none: of the part replaced by itself, on what it does not reach.
+
+    The first is tried on one sequence, so that every part can be tried.
 
     Raises:
         RuntimeError: It is too large.
     """
-    unchanged = effects(hooked, clean, part, [clean.output(part)])
-    error = max(unchanged.largest, *(each.unaffected_error for each in ablated))
-    largest = max(float(direct.abs().max()) for direct in clean.direct.values())
-    if error > _TOLERANCE * (1.0 + largest):
+    one = clean.first_sequence()
+    error = max(effects(hooked, one, part, [one.output(part)]).largest, ablated.unaffected_error)
+    if error > tolerance:
         raise RuntimeError(
-            f"replacing an output by itself, or one that a component cannot see, changed a direct effect by {error:.3g}; "
-            "the model (or a hook on it) is not deterministic, or it is not a causal stack of layers"
+            f"replacing the output of {part} by itself, or one that a component cannot see, changed a logit or a direct "
+            f"effect by {error:.3g}; the model (or a hook on it) is not deterministic, or it is not a causal stack of layers"
         )
     return error
+
+
+def _check_identity(part: Part, ablated: Effects, tolerance: float) -> None:
+    """Refuse terms that do not add up.
+
+    Raises:
+        RuntimeError: They miss the total effect by too much.
+    """
+    if ablated.identity_error > tolerance:
+        raise RuntimeError(
+            f"the terms of ablating {part} miss its total effect by {ablated.identity_error:.3g} logits: between what the "
+            "layers write and the logits lies something that direct effects leave out (a multiplier, a gain, a cap, or a "
+            "hook on the final norm or the unembedding). mechhier.probes.ablate measures total effects without them"
+        )

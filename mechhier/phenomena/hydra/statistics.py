@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
+from scipy import stats
 
-from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects, Part, centred
-from mechhier.results import Variables, mean_interval, scored
+from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects
+from mechhier.results import CONFIDENCE, Variables, ratio, scored
 
 TERMS = {
     "total_effect": "total effect of the ablation on the target's logit",
@@ -22,79 +21,77 @@ TERMS = {
 }
 _WITH_NULL = ("total_effect", "attention_growth", "mlp_change", "self_repair")
 
+Null = list[list[Effects]]
+"""By draw and part."""
 Shape = Mapping[str, int]
 """Dims of the ablated parts, in the order in which they are listed."""
 
 
-def terms(
-    clean: Clean, parts: list[Part], ablated: list[Effects], null: list[Effects], shape: Shape, *, seed: int
-) -> Variables:
+def terms(clean: Clean, ablated: list[Effects], null: Null, shape: Shape, *, seed: int) -> Variables:
     """Direct effect and every term of the total effect, by ablated part; the null's where it has one."""
     counts = _counts(clean, shape)
 
     def described(name: str, sums: list[np.ndarray], long_name: str) -> Variables:
         return scored(name, list(shape), _stack(sums, shape), counts, long_name=long_name, units="logit", seed=seed)
 
-    direct = [_by_sequence(torch.where(clean.chosen, clean.direct_effect(part), 0.0)) for part in parts]
-    variables = described("direct_effect", direct, "direct effect on the target's logit")
+    variables = described("direct_effect", [each.direct for each in ablated], "direct effect on the target's logit")
     for term, long_name in TERMS.items():
         variables |= described(term, [each.terms[term] for each in ablated], long_name)
-        if term in _WITH_NULL and null:
-            sums = [each.terms[term] for each in null]
-            variables |= described(f"{term}_null", sums, f"{long_name}, random perturbation")
+        if term in _WITH_NULL:
+            draws = [ratio(_stack([each.terms[term] for each in draw], shape), counts, 0) for draw in null]
+            variables |= null_band(term, shape, draws, long_name=long_name, units="logit")
     return variables
 
 
-def compensation(clean: Clean, parts: list[Part], ablated: list[Effects], shape: Shape, *, seed: int) -> Variables:
+def compensation(ablated: list[Effects], null: Null, shape: Shape, *, seed: int) -> Variables:
     """OLS slope of self-repair on the clean direct effect, positions as points, as a ratio of centred sums."""
-    products, squares = [], []
-    n_chosen = max(1, int(clean.chosen.sum()))
-    for part, each in zip(parts, ablated, strict=True):
-        x = centred(clean, clean.direct_effect(part))
-        mean_repair = each.terms["self_repair"].sum() / n_chosen
-        products.append(each.repair_by_direct - _by_sequence(x) * mean_repair)
-        squares.append(_by_sequence(x**2))
-    return scored(
-        "compensation",
-        list(shape),
-        _stack(products, shape),
-        _stack(squares, shape),
-        long_name="compensation: slope of self-repair on the direct effect",
-        units="1",
-        seed=seed,
-    )
+    long_name, units = "compensation: slope of self-repair on the direct effect", "1"
+
+    def sums(effects: list[Effects]) -> tuple[np.ndarray, np.ndarray]:
+        products, squares = [each.repair_by_direct for each in effects], [each.direct_squares for each in effects]
+        return _stack(products, shape), _stack(squares, shape)
+
+    variables = scored("compensation", list(shape), *sums(ablated), long_name=long_name, units=units, seed=seed)
+    draws = [ratio(*sums(draw), 0) for draw in null]
+    return variables | null_band("compensation", shape, draws, long_name=long_name, units=units)
+
+
+def null_band(name: str, shape: Shape, draws: list[np.ndarray], *, long_name: str, units: str) -> Variables:
+    """The null's mean over its draws, and the band in which one more draw lies (95 %, Student's t; NaN for one draw).
+
+    An untrained model is one more draw (see `effects.Turning`): the band is a prediction interval, not one of the mean.
+    """
+    if not draws:
+        return {}
+    values, n = np.stack(draws), len(draws)
+    mean = values.mean(0)
+    if n > 1:
+        reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(0, ddof=1) * np.sqrt(1 + 1 / n)
+    else:
+        reach = np.full_like(mean, np.nan)
+    label = f"{long_name}, of a part that writes in random directions"
+    labels = (f"{label}: mean of {n} draws", *(f"{label}: {end} bound (95 % of draws)" for end in ("lower", "upper")))
+    return {
+        f"{name}_null{suffix}": (list(shape), value, {"long_name": text, "units": units})
+        for suffix, value, text in zip(("", "_low", "_high"), (mean, mean - reach, mean + reach), labels, strict=True)
+    }
 
 
 def repair_share(
-    described: Variables, ablated: list[Effects], shape: Shape, *, min_direct_effect: float, seed: int
+    described: Variables, ablated: list[Effects], null: Null, shape: Shape, *, min_lost: float, seed: int
 ) -> Variables:
-    """Share of the direct effect lost that is made up for, of parts that have one, and its median over these parts."""
+    """Share of the direct effect lost that is made up for, of parts that surely lose one, and its median over parts."""
     repaired = _stack([each.terms["self_repair"] for each in ablated], shape)
     lost = -_stack([each.terms["own_change"] for each in ablated], shape)
-    counted = np.asarray(described["direct_effect"][1]) > min_direct_effect
-    long_name = "repair share: self-repair relative to the direct effect lost"
-    shares = {
-        name: (dims, np.where(counted, values, np.nan), attributes)
-        for name, (dims, values, attributes) in scored(
-            "repair_share", list(shape), repaired, lost, long_name=long_name, units="1", seed=seed
-        ).items()
-    }
-
-    def median(repaired: np.ndarray, lost: np.ndarray, axis: int) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.median(repaired.sum(axis) / lost.sum(axis), axis=0)
-
-    values = (
-        mean_interval(repaired[:, counted], lost[:, counted], seed=seed, statistic=median)
-        if counted.any()
-        else (np.asarray(np.nan),) * 3
-    )
-    for suffix, value, label in zip(
-        ("", "_low", "_high"), values, ("", ", lower bound (95 %)", ", upper bound (95 %)"), strict=True
-    ):
-        label = f"median over parts with a direct effect above {min_direct_effect} of the {long_name}{label}"
-        shares[f"repair_share_median{suffix}"] = ((), np.asarray(value), {"long_name": label, "units": "1"})
-    return shares
+    passes = -np.asarray(described["own_change_high"][1]) > min_lost
+    long_name, units = "repair share: self-repair relative to the direct effect lost", "1"
+    shares = scored("repair_share", list(shape), repaired, lost, long_name=long_name, units=units, seed=seed)
+    draws = []
+    for draw in null:
+        sums = (-_stack([each.terms["own_change"] for each in draw], shape)).sum(0)
+        draws.append(ratio(_stack([each.terms["self_repair"] for each in draw], shape), sums[None], 0))
+    shares |= null_band("repair_share", shape, draws, long_name=long_name, units=units)
+    return {name: (dims, np.where(passes, values, np.nan), attributes) for name, (dims, values, attributes) in shares.items()}
 
 
 def response(clean: Clean, ablated: list[Effects], shape: Shape, *, seed: int) -> Variables:
@@ -132,10 +129,6 @@ def head_response(ablated: list[Effects], shape: Shape) -> Variables:
 
 def _stack(by_part: list[Float[np.ndarray, " sequence"]], shape: Shape) -> Float[np.ndarray, "sequence ..."]:
     return np.stack(by_part, axis=-1).reshape(len(by_part[0]), *shape.values())
-
-
-def _by_sequence(values: Float[Tensor, "sequence pos"]) -> Float[np.ndarray, " sequence"]:
-    return values.sum(-1).cpu().double().numpy()
 
 
 def _counts(clean: Clean, shape: Shape) -> Float[np.ndarray, "sequence ..."]:
