@@ -64,7 +64,9 @@ def check_ablation(ablation: str, n_sequences: int, n_patches: int | None) -> in
     if ablation != "resample":
         return 1
     if n_sequences < 2:
-        raise ValueError(f"resample ablation patches from other sequences: it needs at least 2 sequences, got {n_sequences}")
+        raise ValueError(
+            f"resample ablation patches from other sequences: it needs at least 2 sequences, got {n_sequences}"
+        )
     if n_patches is None:
         return min(_DEFAULT_PATCHES, n_sequences - 1)
     if not 1 <= n_patches < n_sequences:

@@ -28,6 +28,7 @@ from mechhier.phenomena.hydra.statistics import compensation, head_response, rep
 from mechhier.probes.ablation import Ablation, check_ablation, draw_donors, replacements
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
+from mechhier.results import MIN_SAMPLES, Variables, warn_undefined
 
 DEFINITION = (
     "i = the clean run's top token. Direct effect DE_c = (a_c gamma / sigma) W_U[:, i], centred over the vocabulary, "
@@ -35,17 +36,23 @@ DEFINITION = (
     "attention growth + MLP change + norm change, where own, attention and MLP are Delta DE of m's layer, of the attention "
     "and of the MLP layers downstream of m, and norm = (s/s' - 1) (logit_i + sum Delta DE). Self-repair = TE - own change. "
     "Hydra = attention growth. Compensation = OLS slope of self-repair on DE_m over positions. Repair share = sum of "
-    "self-repair / sum of -own change, where the mean DE_m exceeds {min_lost}."
+    "self-repair / sum of -own change, where the interval of the mean -own change lies above {min_lost}. Null: the same for "
+    "a part that writes the same in random directions (a rotation about what the ablation leaves on average, in the run "
+    "that chooses i and in the ablated one)."
 )
 SOURCE = "McGrath et al. 2023, The Hydra Effect; Rushing & Nanda 2024, Explorations of Self-Repair"
 
+_NULL = (
+    "the part writes the same in random directions about what the ablation leaves on average, target chosen in that run: "
+    "mean and 95 % band of {n_null} draws; of total_effect, attention_growth, mlp_change, self_repair, compensation and "
+    "repair_share; own_change, norm_change, direct_effect and the responses have none"
+)
 MIN_LOST = 0.1
 """Logits; a share of less is a ratio of noise (the published shares are of heads with more, see Rushing & Nanda 2024)."""
 _TOLERANCE = 1e-3
 """Largest effect of what should have none, relative to the largest logit or direct effect."""
 _ROUNDINGS = 16
 """The same in roundings of the weights' dtype, where that is coarser."""
-
 
 
 def hydra(
@@ -66,15 +73,22 @@ def hydra(
 
     A part's own output is ablated, never the residual stream. The terms add up exactly (see `DEFINITION`; the largest
     deviation is in `identity_error`), so that repair by later attention (the Hydra effect), by later MLPs and by the
-    final norm are told apart. The null moves the part's output as far, in a random direction.
+    final norm are told apart.
+
+    The null is the same measurement on a part that writes as much and as variably in random directions. Its target is
+    the top token of its own run, so that it shares what the choice of the target does: a token chosen by all that is
+    written loses when any of it is replaced. An untrained part cannot be told from its null: its values lie in the
+    null's 95 % band, however many sequences are measured. The interval of a value is over sequences of one model, the
+    band over what the part could have written in other directions; compare the value with the band.
 
     At level "layer" every attention and MLP layer is ablated, at what it writes; at level "head" every head, at z. In a
     post-norm model (OLMo-2) the other heads of the layer are rescaled when one is ablated: that is in `own_change`.
 
-    Cost, in forward passes over the sequences: 2 + L N at level "layer" and 2 + H (L + 1) / 2 N at level "head", for N =
-    `n_patches` (resample) or 1 (mean, zero) replacements plus `n_null`: every ablated run begins at the ablated layer,
-    for an MLP behind it. Memory: 3 L (heads: 2 L) tensors of [sequence, pos, d_model], on the CPU where they exceed
-    `max_bytes`.
+    Cost, in forward passes over the sequences: 1 + L N at level "layer" and 1 + H (L + 1) / 2 N at level "head", for N =
+    `n_patches` (resample) or 1 (mean, zero) replacements, one sequence for the check that replacing a part by itself
+    changes nothing, and 2 `n_null` (at level "layer" `n_null` passes more): every ablated run begins at the ablated
+    layer, for an MLP behind it. Memory: 3 L (heads: 2 L) tensors of [sequence, pos, d_model], with a null L more, on the
+    CPU where they exceed `max_bytes`.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -84,8 +98,9 @@ def hydra(
         targets: The token i at every position; by default the clean run's top token.
         ablation: What replaces the part's output: "resample" (the same position of `n_patches` other sequences), "mean"
             (over sequences and positions) or "zero".
-        n_patches: Donors per sequence for "resample"; 15 or more are needed for a stable estimate (McGrath et al.).
-        n_null: Random perturbations per part; 0 leaves the null out.
+        n_patches: Donors per sequence for "resample", drawn with the seed, by default 16 or as many as there are; 15 or
+            more are needed for a stable estimate (McGrath et al.).
+        n_null: Draws of the null per part; 0 leaves it out, a band needs two.
         min_probability: Positions count where the clean top token's probability exceeds this.
         n_sequences: Sequences to draw when none are given (there are 24 built-in sentences).
         max_bytes: Working memory of one batch beyond the weights.
@@ -94,17 +109,20 @@ def hydra(
     Returns:
         For each ablated part (dims `component`, `layer`, or `layer`, `head`), in logits: `direct_effect` (clean),
         `total_effect`, `own_change`, `attention_growth`, `mlp_change`, `norm_change`, `self_repair`, each with `_low`,
-        `_high` (95 %, bootstrap over sequences), four of them with `_null`; `compensation` (slope); `repair_share` and,
-        over parts, `repair_share_median`. `response` `[ablated part, responding_component, responding_layer]`, at level
+        `_high` (95 %, bootstrap over sequences); without units `compensation` (slope) and `repair_share` (NaN where the
+        interval of -own_change does not lie above `MIN_LOST`). Six of these have a `_null`, the mean over its draws, and
+        `_null_low`, `_null_high`, between which 95 % of draws lie; the direct effect, the own and the norm's change and
+        the responses have none. `repair_share_median`, over the parts that have a share; its interval allows for not
+        knowing which parts these are. `response` `[ablated part, responding_component, responding_layer]`, at level
         "layer" with an interval; at level "head" also `head_response` `[layer, head, responding_layer,
-        responding_head]`. The scalars `n_positions`, `n_positions_total`, `identity_error`, `no_op_error`. NaN where no
-        position qualifies.
+        responding_head]`. The scalars `n_positions`, `n_positions_total`, `identity_error`, `no_op_error`. What is NaN
+        because nothing qualifies is said in one `MeasurementWarning`.
 
     Raises:
         TypeError: Not a hooked model.
         ValueError: Tokens, targets, a level or an ablation that cannot be used.
-        RuntimeError: Replacing an output by itself, or one that a component cannot see, has an effect: the model is not
-            a deterministic causal stack.
+        RuntimeError: Activations or logits are not finite; replacing an output by itself, or one that a component cannot
+            see, has an effect (the model is not a deterministic causal stack); the terms do not add up.
 
     Example:
         >>> import mechhier as mh
@@ -156,7 +174,8 @@ def hydra(
     shape = _shape(hooked, level)
     variables = terms(clean, ablated, null, shape, seed=seed)
     variables |= compensation(ablated, null, shape, seed=seed)
-    variables |= repair_share(variables, ablated, null, shape, min_lost=MIN_LOST, seed=seed)
+    variables |= repair_share(variables, clean, ablated, null, shape, min_lost=MIN_LOST, seed=seed)
+    _say_what_is_undefined(clean, ablated_parts, variables, min_probability=min_probability)
     variables |= response(clean, ablated, shape, seed=seed)
     if level == "head":
         variables |= head_response(ablated, shape)
@@ -202,9 +221,11 @@ def hydra(
             level=level,
             ablation=ablation,
             n_patches=n_patches,
-            null=f"random perturbation of the same norm, {n_null} draws" if n_null else "none",
+            null=_NULL.format(n_null=n_null) if n_null else "none",
+            donors="the same position of other sequences, drawn with the seed" if ablation == "resample" else "none",
             target="top token of the clean run" if wanted is None else "given by the caller",
             min_probability=min_probability,
+            largest_probability=float(clean.probability.max()),
             seed=seed,
             n_sequences=len(rows),
             text=text,
@@ -222,9 +243,43 @@ def _rotations(hooked: Hooked, n: int, *, seed: int) -> list[torch.Tensor]:
     """Random rotations of the stream, float32 [d_model, d_model]."""
     rng = np.random.default_rng(seed)
     return [
-        torch.as_tensor(stats.ortho_group.rvs(hooked.d_model, random_state=rng), dtype=torch.float32, device=hooked.device)
+        torch.as_tensor(
+            stats.ortho_group.rvs(hooked.d_model, random_state=rng), dtype=torch.float32, device=hooked.device
+        )
         for _ in range(n)
     ]
+
+
+def _say_what_is_undefined(clean: Clean, parts: list[Part], variables: Variables, *, min_probability: float) -> None:
+    """Warn, once, of everything that is NaN because nothing qualifies."""
+    if not bool(clean.chosen.any()):
+        warn_undefined(
+            f"hydra: no position counts, so that every effect is NaN: no top token has a probability above "
+            f"{min_probability:g} (min_probability), the largest is {float(clean.probability.max()):.3g}. The model may be "
+            "untrained, or the text unlike what it knows"
+        )
+        return
+    reasons = []
+    n_counting = int(clean.chosen.any(-1).sum())
+    lost, least = (-np.asarray(variables[name][1]) for name in ("own_change", "own_change_high"))
+    if n_counting < MIN_SAMPLES:
+        reasons.append(
+            f"intervals and repair_share are NaN: only {n_counting} sequences have a position whose top token has a "
+            f"probability above {min_probability:g} (min_probability), and {MIN_SAMPLES} are needed"
+        )
+    elif not (least > MIN_LOST).any():
+        reasons.append(
+            f"repair_share is NaN: no part loses more than {MIN_LOST} logits of direct effect by its interval, "
+            f"{parts[int(np.argmax(lost))]} loses most, {lost.max():.3g}; the largest probability of a top token is "
+            f"{float(clean.probability.max()):.3g}"
+        )
+    slopes = np.isnan(np.asarray(variables["compensation"][1]))
+    if slopes.any():
+        reasons.append(
+            f"compensation is NaN for {slopes.sum()} of {slopes.size} parts: their direct effect does not vary"
+        )
+    if reasons:
+        warn_undefined(f"hydra: {'; '.join(reasons)}")
 
 
 def _tolerance(hooked: Hooked, clean: Clean) -> float:

@@ -133,6 +133,7 @@ class Turning:
     centre: Float[Tensor, "#sequence #pos d_model"]
 
     def __call__(self, write: Float[Tensor, "sequence pos d_model"]) -> Float[Tensor, "sequence pos d_model"]:
+        """What is written instead."""
         return self.centre + (write - self.centre) @ self.rotation
 
     def hooks(self, hooked: Hooked) -> list[Hook]:
@@ -200,7 +201,9 @@ def turned_run(
     The positions that count are the clean run's. Cost: a pass from the part's layer on.
     """
     part = turning.part
-    turned = _read(hooked, clean.tokens, level=level, targets=targets, first_layer=part.layer, clean=clean, turning=turning)
+    turned = _read(
+        hooked, clean.tokens, level=level, targets=targets, first_layer=part.layer, clean=clean, turning=turning
+    )
     head_direct: dict[int, Tensor] = {}
     if part.head is not None:
         # w R . u = w . R u, without making the writes.
