@@ -102,11 +102,11 @@ class Effects:
     terms: dict[str, Float[np.ndarray, " sequence"]] = field(default_factory=dict)
     response: dict[LayerKey, Float[np.ndarray, " sequence"]] = field(default_factory=dict)
     """Change of the direct effect of every layer downstream."""
-    direct: Float[np.ndarray, " sequence"] | float = 0.0
+    direct: Float[np.ndarray, " sequence"] = field(default_factory=lambda: np.zeros(1))
     """The part's clean direct effect."""
-    direct_squares: Float[np.ndarray, " sequence"] | float = 0.0
+    direct_squares: Float[np.ndarray, " sequence"] = field(default_factory=lambda: np.zeros(1))
     """Square of the clean direct effect, centred over all positions that count."""
-    repair_by_direct: Float[np.ndarray, " sequence"] | float = 0.0
+    repair_by_direct: Float[np.ndarray, " sequence"] = field(default_factory=lambda: np.zeros(1))
     """Self-repair times the clean direct effect, both centred."""
     head_response: dict[int, Float[Tensor, " head"]] = field(default_factory=dict)
     """Change of the direct effect of later heads, mean over the positions that count; at head level only."""
@@ -353,7 +353,7 @@ def effects(
     x = centred(clean, direct)
     largest = max(float(each.abs().max()) for each in clean.direct.values())
     if float(x.abs().max()) <= _RESOLUTION * largest:
-        x, result.repair_by_direct = torch.zeros_like(x), 0.0
+        x, result.repair_by_direct = torch.zeros_like(x), np.zeros(1)
     mean_repair = result.terms["self_repair"].sum() / max(1, int(clean.chosen.sum()))
     result.direct_squares = _by_sequence(x**2)
     result.repair_by_direct = result.repair_by_direct / n_runs - _by_sequence(x) * mean_repair

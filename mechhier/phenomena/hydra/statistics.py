@@ -108,9 +108,9 @@ def repair_share(
 
     median = np.median(shares["repair_share"][1][surely]) if surely.any() else np.nan
     n_parts = surely.size
-    by_part = (each.reshape(len(each), n_parts) for each in (repaired, lost))
+    repaired, lost = repaired.reshape(-1, n_parts), lost.reshape(-1, n_parts)
     bounds = median_bounds(
-        *by_part, counts.reshape(-1), surely.reshape(-1), possibly.reshape(-1), min_lost=min_lost, seed=seed
+        repaired, lost, counts.reshape(-1), surely.reshape(-1), possibly.reshape(-1), min_lost=min_lost, seed=seed
     )
     label = f"median over parts that surely lose more than {min_lost} logits of the {long_name}"
     labels = (label, f"{label}, lower bound (95 %)", f"{label}, upper bound (95 %)")
