@@ -702,8 +702,11 @@ def test_forward_passes_are_as_many_as_the_docstring_says(level, kind, n_null):
         block.mlp.register_forward_hook(lambda mlp, inputs, output: run_blocks.append(output.shape[:2].numel()))
     measure(model, level=level, ablation="zero", n_null=n_null)
     n_layers, n_heads = hooked.n_layers, hooked.n_heads
-    n_runs = 1 + 1 / n + 2 * n_null
-    allowed = 1 + n_layers * n_runs + n_null if level == "layer" else 1 + n_heads * (n_layers + 1) / 2 * n_runs
+    n_runs, from_each_layer = 1 + 2 * n_null, (n_layers + 1) / 2
+    if level == "layer":
+        allowed = 1 + n_layers * n_runs + n_null + from_each_layer / n
+    else:
+        allowed = 1 + n_heads * from_each_layer * (n_runs + 1 / n)
     # The bridge runs its first block once more to learn what blocks return.
     assert sum(run_blocks) <= (allowed * n_layers + 1) * n * 12
 

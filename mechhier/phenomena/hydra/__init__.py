@@ -85,10 +85,10 @@ def hydra(
     post-norm model (OLMo-2) the other heads of the layer are rescaled when one is ablated: that is in `own_change`.
 
     Cost, in forward passes over the sequences: 1 + L N at level "layer" and 1 + H (L + 1) / 2 N at level "head", for N =
-    `n_patches` (resample) or 1 (mean, zero) replacements, one sequence for the check that replacing a part by itself
-    changes nothing, and 2 `n_null` (at level "layer" `n_null` passes more): every ablated run begins at the ablated
-    layer, for an MLP behind it. Memory: 3 L (heads: 2 L) tensors of [sequence, pos, d_model], with a null L more, on the
-    CPU where they exceed `max_bytes`.
+    `n_patches` (resample) or 1 (mean, zero) replacements and 2 `n_null` (at level "layer" `n_null` passes more): every
+    ablated run begins at the ablated layer, for an MLP behind it. The check that a part replaced by itself changes
+    nothing is (L + 1) / 2 passes (heads: H (L + 1) / 2) over one sequence. Memory: 3 L (heads: 2 L) tensors of [sequence,
+    pos, d_model], with a null L more, on the CPU where they exceed `max_bytes`.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -291,13 +291,16 @@ def _tolerance(hooked: Hooked, clean: Clean) -> float:
 def _no_op_error(hooked: Hooked, clean: Clean, part: Part, ablated: Effects, tolerance: float) -> float:
     """Largest effect where there can be none: of the part replaced by itself, on what it does not reach.
 
-    The first is tried on one sequence, so that every part can be tried.
+    The first is tried on one sequence, so that every part can be tried. An MLP replaced by itself is the run that begins
+    at the next layer, which is tried with that layer's attention.
 
     Raises:
         RuntimeError: It is too large.
     """
-    one = clean.first_sequence()
-    error = max(effects(hooked, one, part, [one.output(part)]).largest, ablated.unaffected_error)
+    error = ablated.unaffected_error
+    if part.component == "attention" or part.layer == hooked.n_layers - 1:
+        one = clean.first_sequence()
+        error = max(error, effects(hooked, one, part, [one.output(part)]).largest)
     if error > tolerance:
         raise RuntimeError(
             f"replacing the output of {part} by itself, or one that a component cannot see, changed a logit or a direct "
