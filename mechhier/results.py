@@ -120,7 +120,7 @@ def mean_interval(
     """
     sums, counts = np.broadcast_arrays(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
     estimate = np.asarray(statistic(sums, counts, 0))
-    counted = counts.reshape(len(counts), -1).any(axis=1)
+    counted = counts.any(axis=tuple(range(1, counts.ndim)))
     sums, counts = sums[counted], counts[counted]
     if len(sums) < MIN_SAMPLES:
         return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
@@ -341,6 +341,7 @@ def scored(
     seed: int,
     strata: Int[np.ndarray, " sample"] | None = None,
     change: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> Variables:
     """The variables `name`, `name_low`, `name_high` of a mean over samples (see `mean_interval`).
 
@@ -356,11 +357,21 @@ def scored(
         seed: As in `mean_interval`.
         strata: As in `mean_interval`.
         change: Whether the variable is a difference of two values in these units, which has another range.
+        bounds: Its range where that is another (of what is estimated to first order, `UNBOUNDED`).
     """
-    low, high = RANGES.get(units, UNBOUNDED)
-    bounds = (low - high, high - low) if change else (low, high)
+    if bounds is None:
+        low, high = RANGES.get(units, UNBOUNDED)
+        bounds = (low - high, high - low) if change else (low, high)
     values = mean_interval(sums, counts, seed=seed, strata=strata, bounds=bounds)
     return with_bounds(name, dims, values, long_name=long_name, units=units)
+
+
+def undefined(variables: Variables) -> tuple[list[str], list[str]]:
+    """Names of the variables with bounds that are NaN somewhere, and of those of which only the bounds are."""
+    names = [name for name in variables if f"{name}_low" in variables]
+    values = [name for name in names if np.isnan(variables[name][1]).any()]
+    bounds = [name for name in names if name not in values and np.isnan(variables[f"{name}_low"][1]).any()]
+    return values, bounds
 
 
 def with_bounds(

@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
+import mechhier as mh
 from mechhier import results
 
 
@@ -200,6 +201,12 @@ def test_undefined_values_are_said_where_the_package_was_called():
     with pytest.warns(results.MeasurementWarning, match="because") as caught:
         results.warn_undefined("nothing, because")
     assert caught[0].filename == __file__
+    untrained = mh.load_model(
+        mh.ModelSpec("llama", n_layers=1, d_model=16, n_heads=2).build(vocab_size=30, eos_token_id=0, n_ctx=16)
+    )
+    with pytest.warns(results.MeasurementWarning) as caught:
+        mh.phenomena.induction(untrained, n_sequences=2)
+    assert [each.filename for each in caught] == [__file__]
 
 
 def test_best_head_is_not_biased_up_by_choosing_it():

@@ -30,7 +30,8 @@ HEAD_SITES = ("q", "k", "v", "z", "pattern")
 DEFINITION = (
     "patched = metric of one run with one activation taken from the other run, all that follows recomputed; denoise: the "
     "corrupted run with a clean activation, noise: the clean run with a corrupted one. recovered = (patched - corrupted) / "
-    "(clean - corrupted), sums over sequences; NaN where the interval of clean - corrupted contains 0"
+    "(clean - corrupted), sums over sequences; NaN unless the interval of clean - corrupted, which needs 4 sequences, leaves "
+    "out 0"
 )
 SOURCE = "Meng et al. 2022, Locating and Editing Factual Associations in GPT; Heimersheim & Nanda 2024"
 
@@ -69,7 +70,7 @@ def patch(
     Returns:
         `patched` (the metric's units) and `recovered` (1 the clean run's, 0 the corrupted run's metric),
         `[layer, position]` or `[layer, head]`, with a dim `site` before them where several sites were given; the scalars
-        `clean` and `corrupted`. Each with `_low`, `_high` (95 %, bootstrap over sequences).
+        `clean` and `corrupted`. Each with `_low`, `_high` (95 %, studentised bootstrap over sequences).
 
     Raises:
         TypeError: Not a hooked model.

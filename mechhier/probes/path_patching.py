@@ -38,8 +38,8 @@ DEFINITION = (
     "Run C: the clean run, the sender's output taken from the corrupted run, the output z of every other head frozen at the "
     "clean run's; norms {mlps} recomputed. Receiver logits: patched = metric of run C. Receivers q, k, v of heads: patched = "
     "metric of the clean run with those inputs taken from run C, all that follows recomputed. effect = patched - clean; "
-    "recovered = (patched - corrupted) / (clean - corrupted), sums over sequences; NaN where the interval of clean - "
-    "corrupted contains 0"
+    "recovered = (patched - corrupted) / (clean - corrupted), sums over sequences; NaN unless the interval of clean - "
+    "corrupted, which needs 4 sequences, leaves out 0"
 )
 SOURCE = (
     "Wang et al. 2022, Interpretability in the Wild (appendix B); Goldowsky-Dill et al. 2023, Localizing Model Behavior"
@@ -82,8 +82,8 @@ def path_patch(
 
     Returns:
         `patched` and `effect` (the metric's units) and `recovered`, `[sender, receiver]`, and the scalars `clean` and
-        `corrupted`; each with `_low`, `_high` (95 %, bootstrap over sequences). Where no path leads from a sender to a
-        receiver `patched` is `clean`.
+        `corrupted`; each with `_low`, `_high` (95 %, studentised bootstrap over sequences). Where no path leads from a
+        sender to a receiver `patched` is `clean`.
 
     Raises:
         TypeError: Not a hooked model, or not a component.
@@ -124,7 +124,9 @@ def path_patch(
     variables = _runs.recovery(dims, values["clean"], values["corrupted"], patched, metric, seed=seed)
     effect = patched - values["clean"][:, None, None]
     words = f"change of the {name} along the path"
-    variables |= scored("effect", dims, effect, np.ones_like(effect), long_name=words, units=units, seed=seed)
+    variables |= scored(
+        "effect", dims, effect, np.ones_like(effect), long_name=words, units=units, seed=seed, change=True
+    )
     return _runs.labelled(
         variables,
         labels,

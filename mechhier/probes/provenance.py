@@ -6,7 +6,7 @@ from typing import Any
 
 from mechhier.models.hooked import Hooked
 from mechhier.models.loading import model_info, weight_processing
-from mechhier.results import netcdf_safe, versions
+from mechhier.results import INTERVAL, netcdf_safe, versions
 
 
 def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str, **settings: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str,
             "model_class": type(hooked.model).__name__,
             "dtype": str(hooked.dtype).removeprefix("torch."),
             "device": str(hooked.device),
-            "interval": "95 % percentile bootstrap over sequences, 999 resamples",
+            "interval": INTERVAL.format(samples="sequences"),
             **settings,
             **versions(),
         }
