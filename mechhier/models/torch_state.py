@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @contextmanager
 def default_torch_state() -> Iterator[None]:
     """Compute as a fresh process would, whatever the caller set; afterwards the caller's settings hold again.
 
-    Inside, also as a decorator: new tensors are float32 and on the CPU unless told otherwise, autocast is off, float32
+    Inside, new tensors are float32 and on the CPU unless told otherwise, autocast is off, float32
     products are float32 (no TF32, no bfloat16), gradients can be recorded, and inference mode is left. Tensors that were
     made in inference mode stay what they are: clone them where autograd must keep them.
 
@@ -39,6 +43,34 @@ def default_torch_state() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+def in_default_torch_state(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make a function compute in `default_torch_state`."""
+
+    # A decorator of ours, not contextlib's: a warning that points out of the package must not end up in contextlib.
+    @functools.wraps(function)
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with default_torch_state():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def entered_in_default_torch_state(
+    make: Callable[Arguments, AbstractContextManager[Result]],
+) -> Callable[Arguments, AbstractContextManager[Result]]:
+    """Make a context manager compute what it needs in `default_torch_state`; inside the block the caller's state holds."""
+
+    @contextmanager
+    @functools.wraps(make)
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Iterator[Result]:
+        with ExitStack() as stack:
+            with default_torch_state():
+                entered = stack.enter_context(make(*args, **kwargs))
+            yield entered
+
+    return wrapper
 
 
 def _restore_overall_precision(before: str | None) -> None:

@@ -107,7 +107,7 @@ def test_processes_that_do_not_come_together_are_named_and_spoil_nothing(plan, r
         for name, value in variables.items():
             patch.setenv(name, value)
         patch.setattr(torch.distributed, "init_process_group", fail)
-        with pytest.raises(EnvironmentVariableError, match="MASTER_ADDR=nowhere.* did not come together: no route"):
+        with pytest.raises(EnvironmentVariableError, match=r"MASTER_ADDR=nowhere.* did not come together: no route"):
             train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
         assert not (tmp_path / "run").exists()
     run = train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)

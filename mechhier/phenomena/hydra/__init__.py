@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects, Level, Part, clean_run, effects, parts
 from mechhier.phenomena.hydra.statistics import compensation, head_response, repair_share, response, terms
@@ -35,6 +36,7 @@ _TOLERANCE = 1e-3
 """Largest effect of an ablation that should have none, relative to the largest direct effect."""
 
 
+@in_default_torch_state
 def hydra(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,
