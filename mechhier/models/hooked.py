@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.errors import CapabilityError
+from mechhier.models.torch_state import default_torch_state, in_default_torch_state
 
 SiteName: TypeAlias = Literal[
     "embed",
@@ -422,6 +423,7 @@ class Hooked:
         kept = 2 * 2 * self.n_layers * past * self.n_heads * self.d_head * self.dtype.itemsize
         return max(1, self.max_bytes // (length * (max(logits, pattern) + stream) + kept))
 
+    @in_default_torch_state
     def check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
         """`tokens` as a long tensor on the model's device.
 
@@ -439,15 +441,16 @@ class Hooked:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.d_vocab:
             raise ValueError(f"token ids must lie in 0..{self.d_vocab - 1} for this model, got {low}..{high}")
-        return tokens.to(device=self.device, dtype=torch.long)
+        tokens = tokens.to(device=self.device, dtype=torch.long)
+        return tokens.clone() if tokens.is_inference() else tokens  # autograd keeps no tensor of inference mode
 
     @contextmanager
     def preserved(self, *, gradients: bool = False) -> Iterator[None]:
-        """Evaluation mode, with gradients if asked; mode and gradient state as they were afterwards, come what may."""
+        """Evaluation mode, with gradients if asked, torch as in a fresh process; all as it was afterwards, come what may."""
         training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()
-            with torch.set_grad_enabled(gradients):
+            with default_torch_state(), torch.set_grad_enabled(gradients):
                 yield
         finally:
             for module in training:

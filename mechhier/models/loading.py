@@ -48,6 +48,7 @@ from mechhier.models.revision import (
     revision_folders,
 )
 from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.models.weights import ModelFiles, check_memory, n_weights
 from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
 
@@ -93,6 +94,7 @@ class ModelInfo:
     `unknown` for a `HookedTransformer` that someone else built."""
 
 
+@in_default_torch_state
 def load_model(
     source: str | Path | PreTrainedModel | HookedModel,
     *,

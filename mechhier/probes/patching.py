@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, HookFunction, SiteName, rows_being_run
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import Component, HeadInput, Index, Resid, check, grouped, locate
@@ -36,6 +37,7 @@ DEFINITION = (
 SOURCE = "Meng et al. 2022, Locating and Editing Factual Associations in GPT; Heimersheim & Nanda 2024"
 
 
+@in_default_torch_state
 def patch(
     model: Any,
     clean: Int[Any, "sequence pos"],
@@ -112,6 +114,7 @@ def patch(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def patched(
     model: Any,

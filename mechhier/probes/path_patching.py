@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import (
@@ -46,6 +47,7 @@ SOURCE = (
 )
 
 
+@in_default_torch_state
 def path_patch(
     model: Any,
     clean: Int[Any, "sequence pos"],
@@ -143,6 +145,7 @@ def path_patch(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def path_patched(
     model: Any,

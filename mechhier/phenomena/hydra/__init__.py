@@ -11,6 +11,7 @@ from jaxtyping import Int
 from scipy import stats
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.phenomena.hydra.effects import (
     COMPONENTS,
@@ -55,6 +56,7 @@ _ROUNDINGS = 16
 """The same in roundings of the weights' dtype, where that is coarser."""
 
 
+@in_default_torch_state
 def hydra(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,

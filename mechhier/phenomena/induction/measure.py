@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import random_repeats
 from mechhier.phenomena.induction.attention import Sums, on_repeats, on_text
 from mechhier.phenomena.induction.causal import Effects, ablate, choose_heads, control_sets
@@ -69,6 +70,7 @@ _LONG_NAMES = {
 _LOSSES = {"copy_loss": "loss on the second copy", "ICL_score": "late minus early loss on text"}
 
 
+@in_default_torch_state
 def induction(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,
