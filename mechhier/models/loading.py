@@ -18,18 +18,17 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from mechhier.grammars import Corpus
+from mechhier.models.agreement import check_weights, read_config
 from mechhier.models.errors import (
     HubUnreachableError,
-    IncompleteWeightsError,
     MissingRevisionError,
     ModelLoadError,
     ModelNotFoundError,
@@ -46,7 +45,7 @@ from mechhier.models.revision import (
     revision_folders,
 )
 from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
-from mechhier.models.weights import ModelFiles, check_memory, n_weights
+from mechhier.models.weights import ModelFiles, check_memory, read_headers
 from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
 
 if TYPE_CHECKING:
@@ -346,58 +345,36 @@ def _from_files(
     processing: Processing,
 ) -> HookedModel:
     with quiet_transformers():
-        architecture = _architecture(files)
-        _check_processing(processing, architecture, dtype)
-        check_memory(files, n_weights(files), dtype=dtype, device=device)
-        model = _read_weights(files, dtype=dtype, device=device)
+        config = read_config(files)
+        _check_processing(processing, config.model_type, dtype)
+        headers = read_headers(files)
+        check_memory(files, sum(header.numel() for header in headers.values()), dtype=dtype, device=device)
+        check_weights(files, config, headers)
+        model = _read_weights(files, config, dtype=dtype, device=device)
         model.config.name_or_path = info.name
         tokenizer = _read_tokenizer(files.folder)
         hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing)
-    return _attach(hooked, replace(info, architecture=architecture, processing=processing))
+    return _attach(hooked, replace(info, architecture=config.model_type, processing=processing))
 
 
-def _architecture(files: ModelFiles) -> str:
-    """The config's `model_type`, if transformers has a causal language model for it."""
+def _read_weights(
+    files: ModelFiles, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"cannot load {files.what}: {error}. What to do: only architectures that transformers itself has are "
-            "loaded, and no code of a model's repository is run; look for a conversion (OLMo's are named -hf)"
-        ) from error
-    except OSError as error:
-        raise ModelLoadError(f"cannot load {files.what}: {error}. What to do: {files.repair}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"cannot load {files.what}: {config.model_type!r} is no causal language model. What to do: load a model "
-            "that predicts the next token, such as GPT-2, Llama, Pythia or OLMo"
-        )
-    return config.model_type
-
-
-def _read_weights(files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        return AutoModelForCausalLM.from_pretrained(
             files.folder,
+            config=config,
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(
             f"cannot load {files.what}: {error}\nWhat to do: the folder must hold the config.json and the safetensors "
             "weights of one causal language model"
         ) from error
-    if report["missing_keys"]:
-        # transformers would fill these with random numbers.
-        raise IncompleteWeightsError(
-            f"cannot load {files.what}: it has no weights for {sorted(report['missing_keys'])}. What to do: "
-            f"{files.repair}"
-        )
-    return model
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
