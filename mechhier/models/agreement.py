@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from mechhier.models.changes import is_plain_attention
 from mechhier.models.errors import (
     ChangedModelError,
     IncompleteWeightsError,
@@ -34,6 +35,7 @@ _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(en|de)coder_layers")
 _QUANTIZED = ("quantization_config", "compression_config")
 _LOCAL_ATTENTION = (None, "eager", "sdpa")
 _LOCAL_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+"""What needs no package but torch, and fetches nothing."""
 # Buffers that old versions of transformers saved and that follow from the config: causal masks, rotary frequencies.
 _NO_WEIGHTS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|(^|\.)inv_freq$|(^|\.)position_ids$")
 
@@ -74,6 +76,11 @@ def read_config(files: ModelFiles) -> PreTrainedConfig:
             "that predicts the next token, such as GPT-2, Llama, Pythia or OLMo"
         )
     parts = list(_parts(config))
+    if foreign := [part._attn_implementation for part in parts if not is_plain_attention(part._attn_implementation)]:
+        raise UnsupportedModelError(
+            f"cannot load {files.what}: config.json says that attention is computed by {foreign[0]!r}, which transformers "
+            "does not have. What to do: remove attn_implementation from config.json if the plain one is meant"
+        )
     if any(part._attn_implementation not in _LOCAL_ATTENTION for part in parts):
         config._attn_implementation = "eager"
     if any(getattr(part, "_experts_implementation", None) not in _LOCAL_EXPERTS for part in parts):
@@ -198,7 +205,7 @@ class _Comparison:
 
 
 def _compare(files: ModelFiles, config: PreTrainedConfig, headers: dict[str, torch.Tensor]) -> _Comparison:
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     by_name = {cls.__name__: cls for cls in (classes if isinstance(classes, (list, tuple)) else (classes,))}
     named = [by_name[name] for name in config.architectures or () if name in by_name]
     cls = (named or list(by_name.values()))[0]
@@ -261,7 +268,7 @@ def _bounded(n_stored: int) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """What transformers would warn of here becomes an error of ours, or is what it always ignores."""
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +27,13 @@ from transformers import (
 
 from mechhier.grammars import Corpus
 from mechhier.models.agreement import check_weights, read_config
+from mechhier.models.changes import check_unchanged, is_adapter, own_copy
 from mechhier.models.errors import (
     HubUnreachableError,
     MissingRevisionError,
     ModelLoadError,
     ModelNotFoundError,
+    TokenizerError,
     UnsupportedModelError,
     WrongDtypeError,
 )
@@ -63,6 +65,9 @@ _ATTRIBUTE = "_mechhier_model_info"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")
+_TOKENIZERS = (*_VOCABULARIES, "tokenizer_config.json", "merges.txt")
+_LEAST_MERGED = 0.9
+"""Of the words of a byte-pair vocabulary: special tokens are not merged, and are few; a file that is cut short makes less."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -352,7 +357,7 @@ def _from_files(
         check_weights(files, config, headers)
         model = _read_weights(files, config, dtype=dtype, device=device)
         model.config.name_or_path = info.name
-        tokenizer = _read_tokenizer(files.folder)
+        tokenizer = _read_tokenizer(files)
         hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing)
     return _attach(hooked, replace(info, architecture=config.model_type, processing=processing))
 
@@ -377,15 +382,39 @@ def _read_weights(
         ) from error
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def _read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights; None where there is none, which every probe accepts."""
+    present = sorted({path.name for pattern in _TOKENIZERS for path in files.folder.glob(pattern)})
+    if not present:
+        return None
     # Where there is no vocabulary, transformers invents a tokenizer of a few tokens for gpt2, gpt_neox and olmo.
-    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
-        return None
+    if not any(path for pattern in _VOCABULARIES for path in files.folder.glob(pattern)):
+        raise _no_tokenizer(files, present, "there is no vocabulary")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the package tokenizers raises no narrower class
+        raise _no_tokenizer(files, present, str(error)) from error
+    if (merged := _share_merged(files.folder)) < _LEAST_MERGED:
+        raise _no_tokenizer(files, present, f"merges.txt makes only {merged:.0%} of the words in vocab.json")
+    return tokenizer
+
+
+def _share_merged(folder: Path) -> float:
+    """How much of a byte-pair vocabulary its merges make: text cannot have the rest. 1 where it is in one file."""
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if (folder / "tokenizer.json").is_file() or not (vocabulary.is_file() and merges.is_file()):
+        return 1.0
+    made = {line.replace(" ", "") for line in merges.read_text(encoding="utf-8").splitlines()}
+    words = [word for word in json.loads(vocabulary.read_text(encoding="utf-8")) if len(word) > 1]
+    return sum(word in made for word in words) / len(words) if words else 1.0
+
+
+def _no_tokenizer(files: ModelFiles, present: list[str], reason: str) -> TokenizerError:
+    return TokenizerError(
+        f"cannot load {files.what}: it has files of a tokenizer ({', '.join(present)}), which cannot be read: {reason}. "
+        f"What to do: {files.repair}. Or do without a tokenizer, with\n"
+        f"  load_model(AutoModelForCausalLM.from_pretrained({files.original}))"
+    )
 
 
 def _wrap(
@@ -441,17 +470,21 @@ def _from_memory(
 ) -> HookedModel:
     if isinstance(source, PreTrainedModel):
         _check_processing(processing, source.config.model_type, dtype or source.dtype)
-        # The bridge changes the model it wraps, HookedTransformer shares its weights, and .to() moves in place.
-        model = copy.deepcopy(source)
-        model.to(device=device or source.device, dtype=dtype or source.dtype)  # pyright: ignore[reportCallIssue]
+        check_unchanged(source)
+        # The bridge changes the model it wraps, and HookedTransformer shares its weights.
+        model = own_copy(source, device=device or source.device, dtype=dtype or source.dtype)
         name = source.config.name_or_path or type(source).__name__
         info = ModelInfo(name=name, architecture=source.config.model_type, processing=processing)
         return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing), info)
     kind = _hooked_kind(source)
     if kind is None:
+        if is_adapter(source):
+            check_unchanged(source)
+        children = source.named_children() if isinstance(source, torch.nn.Module) else ()
+        inner = [name for name, child in children if isinstance(child, PreTrainedModel)]
         raise ModelLoadError(
             f"cannot load a {type(source).__name__}: give a folder, a hub name, a Hugging Face causal language model, "
-            "a HookedTransformer or a TransformerBridge"
+            f"a HookedTransformer or a TransformerBridge{f'; here, the model within: .{inner[0]}' if inner else ''}"
         )
     if as_ not in (None, kind):
         raise ModelLoadError(f"the model is already a {type(source).__name__}; as_={as_!r} cannot convert it")
