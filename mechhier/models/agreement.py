@@ -53,13 +53,7 @@ def read_config(files: ModelFiles) -> PreTrainedConfig:
         UnsupportedModelError: transformers has no causal language model for it, or it names other weight files.
         ModelLoadError: It cannot be read.
     """
-    if (files.folder / "adapter_config.json").is_file():
-        raise ChangedModelError(
-            f"cannot load {files.what}: adapter_config.json says that it holds an adapter (LoRA or the like), which a "
-            "hooked model would leave out. What to do: merge it into the weights once, with the package peft,\n"
-            f"  AutoPeftModelForCausalLM.from_pretrained({files.original}).merge_and_unload().save_pretrained(FOLDER)\n"
-            "and load FOLDER; or, to measure the model without it, load the base model's own folder or name"
-        )
+    check_no_adapter(files)
     _check_settings(files)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
@@ -70,6 +64,9 @@ def read_config(files: ModelFiles) -> PreTrainedConfig:
         ) from error
     except OSError as error:
         raise ModelLoadError(f"cannot load {files.what}: {error}. What to do: {files.repair}") from error
+    except Exception as error:
+        # Configs compute sizes from sizes: a value of any kind can fail in any way.
+        raise _no_such_model(files, error) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"cannot load {files.what}: {config.model_type!r} is no causal language model. What to do: load a model "
@@ -86,6 +83,21 @@ def read_config(files: ModelFiles) -> PreTrainedConfig:
     if any(getattr(part, "_experts_implementation", None) not in _LOCAL_EXPERTS for part in parts):
         config._experts_implementation = "eager"
     return config
+
+
+def check_no_adapter(files: ModelFiles) -> None:
+    """Refuse a folder with an adapter, beside a model or alone.
+
+    Raises:
+        ChangedModelError: There is one.
+    """
+    if (files.folder / "adapter_config.json").is_file():
+        raise ChangedModelError(
+            f"cannot load {files.what}: adapter_config.json says that it holds an adapter (LoRA or the like), which a "
+            "hooked model would leave out. What to do: merge it into the weights once, with the package peft,\n"
+            f"  AutoPeftModelForCausalLM.from_pretrained({files.original}).merge_and_unload().save_pretrained(FOLDER)\n"
+            "and load FOLDER; or, to measure the model without it, load the base model's own folder or name"
+        )
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -229,16 +241,19 @@ def _compare(files: ModelFiles, config: PreTrainedConfig, headers: dict[str, tor
             f"{layers}), but the files hold {len(headers):,}. What to do: {files.repair}"
         ) from None
     except Exception as error:
-        # A config with values of any kind fails in any way while its model is built.
-        raise ModelLoadError(
-            f"cannot load {files.what}: no {config.model_type!r} model can be made as config.json says, or not from "
-            f"these weights: {error}. What to do: take config.json and weights from the same place and revision"
-        ) from error
+        raise _no_such_model(files, error) from error
     return _Comparison(
         missing=set(report["missing_keys"]),
         unexpected={name for name in report["unexpected_keys"] if not _NO_WEIGHTS.search(name)},
         shapes={name: (list(stored), list(asked)) for name, stored, asked in report["mismatched_keys"]},
         model=model,
+    )
+
+
+def _no_such_model(files: ModelFiles, error: Exception) -> ModelLoadError:
+    return ModelLoadError(
+        f"cannot load {files.what}: no model can be made as config.json says, or not from these weights "
+        f"({type(error).__name__}: {error}). What to do: take config.json and weights from the same place and revision"
     )
 
 

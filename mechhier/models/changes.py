@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from mechhier.models.errors import ChangedModelError, QuantizedWeightsError
+from mechhier.models.errors import ChangedModelError, ModelLoadError, QuantizedWeightsError
 from mechhier.models.weights import shortened
 
 _OWN_PACKAGES = ("torch", "transformers")
@@ -76,8 +76,18 @@ def check_unchanged(model: nn.Module) -> None:
 
 
 def own_copy(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy on one device, which computes attention in the plain way and shares nothing with the original."""
-    copied = copy.deepcopy(model)
+    """A copy on one device, which computes attention in the plain way and shares nothing with the original.
+
+    Raises:
+        ModelLoadError: It cannot be copied, because a run left part of a computation in it.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ModelLoadError(
+            f"cannot copy this {type(model).__name__}: {error}. What to do: load it anew, and run it within "
+            "torch.no_grad() before load_model"
+        ) from error
     # accelerate puts a `to` of its own on a model that it has spread over devices: it would move the original.
     remove_hook_from_submodules(copied)
     for name in ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"):

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from mechhier.grammars import Corpus
-from mechhier.models.agreement import check_weights, read_config
+from mechhier.models.agreement import check_no_adapter, check_weights, read_config
 from mechhier.models.changes import check_unchanged, is_adapter, own_copy
 from mechhier.models.errors import (
     HubUnreachableError,
@@ -195,6 +195,19 @@ def weight_processing(model: HookedModel) -> str:
     return "none" if _hooked_kind(model) == "bridge" else "unknown"
 
 
+def bos_token_id(model: HookedModel) -> int | None:
+    """The beginning-of-sequence token that is put in front of text and of random tokens, or None.
+
+    For a model that `load_model` made it is there only if the model's own tokenizer puts it in front of text by
+    default, so that text is what it is in transformers; models of a grammar have none. For a hooked model that someone
+    else made, it is that model's own setting (`cfg.default_prepend_bos`; TransformerLens sets it for GPT-2 too).
+    """
+    info = model_info(model)
+    if (info is not None and info.grammar is not None) or not getattr(model.cfg, "default_prepend_bos", False):
+        return None
+    return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+
+
 def _attach(model: HookedModel, info: ModelInfo) -> HookedModel:
     # Both classes route setattr through nn.Module or their own aliases; the instance dictionary is common, and is
     # copied by deepcopy.
@@ -238,6 +251,8 @@ def _locate(source: str | Path, revision: str | None) -> tuple[ModelFiles, Model
 
 
 def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
+    files = ModelFiles(path, what=f"folder {path}", original=repr(str(path)))
+    check_no_adapter(files)
     if not (path / "config.json").is_file():
         raise _no_model(path)
     info = ModelInfo(name=path.resolve().name, architecture="")
@@ -246,7 +261,7 @@ def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
         home, manifest = run
         grammar = Corpus.from_description(manifest.corpus).grammar
         info = replace(info, name=home.name, step=int(info.name.removeprefix("step-")), grammar=grammar)
-    return ModelFiles(path, what=f"folder {path}", original=repr(str(path))), info
+    return files, info
 
 
 def _no_model(path: Path) -> ModelLoadError:
@@ -294,6 +309,7 @@ def _hub_model(name: str, revision: str | None) -> tuple[ModelFiles, ModelInfo]:
     repair = f"on a machine with network and the same HF_HOME run\n  {command}"
     original = repr(name) + (f", revision={revision!r}" if revision else "")
     files = ModelFiles(Path(folder), what=what, original=original, repair=repair)
+    check_no_adapter(files)
     if not (files.folder / "config.json").is_file():
         raise ModelNotFoundError(f"{what} has no config.json. What to do: {repair}")
     return files, info
