@@ -107,7 +107,10 @@ def load_model(
     """Load a model as a hooked model, its weights as they were trained unless asked otherwise.
 
     By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 in float32). Only
-    safetensors are read, no code of a model's repository is run, and a tokenizer is attached where there is one.
+    safetensors are read, no code of a model's repository is run, no kernel is fetched (attention that a config leaves to
+    other packages is computed in the plain way), and a tokenizer is attached where there is one. Text gets a
+    beginning-of-sequence token only where that tokenizer itself puts one in front. The config is compared with the
+    files' headers before anything is allocated; a model in memory must compute what its class does with its weights.
     `model_info` says where the model came from; a checkpoint of a run also carries its grammar. A hub model that is in
     the hub's cache (of this machine, or shared by a cluster) loads without network.
 
@@ -135,9 +138,15 @@ def load_model(
         MissingRevisionError: The source has no such revision, or it is a folder of revisions and none was named.
         HubUnreachableError: No network, and the hub's cache has not got the revision.
         IncompleteWeightsError: Weight files that are absent or cut short, or that lack weights of the model.
+        UnexpectedWeightsError: Weight files with weights that the config does not ask for.
+        WeightShapeError: A weight of another shape than the config's.
+        QuantizedWeightsError: Weights of less than 16 bits, by the config or by their dtype.
         NoSafetensorsError: No safetensors weights.
+        ChangedModelError: A model with an adapter (in memory or in the folder), with forward hooks, parametrized
+            weights or replaced functions, or whose weights are not in memory: a hooked model would leave them out.
+        TokenizerError: Files of a tokenizer that give none.
         UnsupportedModelError: An architecture that transformers or TransformerLens does not know, or whose folded
-            weights would be wrong.
+            weights would be wrong, or a setting that TransformerLens ignores.
         WrongDtypeError: None of the four dtypes, or folding in less than float32.
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
