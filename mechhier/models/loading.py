@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +96,8 @@ class ModelInfo:
     processing: str = "none"
     """`none` if the weights are the trained ones, `folded` if the norms' gains were folded into the next weights,
     `unknown` for a `HookedTransformer` that someone else built."""
+    verification: str = field(default="not verified", compare=False)
+    """What was seen of the model when it was loaded (`mechhier.models.verification`)."""
 
 
 @in_default_torch_state
@@ -232,6 +234,7 @@ def bos_token_id(model: HookedModel) -> int | None:
 
 
 def _attach(model: HookedModel, info: ModelInfo) -> HookedModel:
+    info = replace(info, verification=str(model.__dict__[VERIFICATION]))
     # Both classes route setattr through nn.Module or their own aliases; the instance dictionary is common, and is
     # copied by deepcopy.
     model.__dict__[_ATTRIBUTE] = info

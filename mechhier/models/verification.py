@@ -57,6 +57,17 @@ _VARIANTS: dict[str, dict[SiteName, int]] = {
     "resid_post": {"resid_post": 1},
 }
 """Rows of one pass: at which sites, in every layer, a random activation is put in, and which one."""
+_READ: dict[SiteName, tuple[str, ...]] = {
+    "resid_pre": ("clean", "attn_out", "other attn_out", "mlp_out", "resid_post"),
+    "resid_post": ("clean", "attn_out", "other attn_out", "mlp_out", "resid_post"),
+    "attn_out": ("clean", "z", "other z", "attn_out", "other attn_out", "mlp_out"),
+    "mlp_out": ("clean", "attn_out", "other attn_out", "mlp_out", "mlp_post", "other mlp_post"),
+    "v": ("clean", "pattern", "v"),
+    "z": ("clean", "pattern", "v", "z"),
+    "pattern": ("clean", "pattern", "v", "q and k", "other q", "other k"),
+    "final_scale": ("clean", "resid_post"),
+}
+"""What is kept of which rows: all of it would be large in a large model."""
 # Keys that were made at one length of the text are wrong at another: these rotate by the length.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -168,7 +179,7 @@ class _Look:
         self.tolerance = _ACTIVATIONS.get(hooked.dtype, 1e-3)
 
     def all(self) -> Verification:
-        self.clean, self.logits = self._record(self.tokens)
+        self.clean, self.logits = self._record()
         self._check_logits()
         self._check_causal()
         self._check_shapes()
@@ -202,8 +213,8 @@ class _Look:
         else:
             self.wrong[capability] = found
 
-    def _record(self, tokens: Tensor, hooks: list[Hook] | None = None, **options: Any) -> tuple[Seen, Tensor]:
-        """Activations of every site that there is, after the given edits, and the logits."""
+    def _record(self) -> tuple[Seen, Tensor]:
+        """Activations of every site that there is, and the logits."""
         seen: Seen = {}
 
         def keep(site: SiteName, layer: int) -> Callable[[Tensor], None]:
@@ -213,13 +224,13 @@ class _Look:
 
             return read
 
-        there: list[tuple[SiteName, int]] = [
-            (site, layer) for site in _RECORDED for layer in self.layers if self.hooked.has(site, layer)
+        reading: list[Hook] = [
+            (site, layer, keep(site, layer))
+            for site in _RECORDED
+            for layer in self.layers
+            if self.hooked.has(site, layer)
         ]
-        reading: list[Hook] = [(site, layer, keep(site, layer)) for site, layer in there]
-        if self.hooked.has("final_scale", None):
-            reading.append(("final_scale", None, keep("final_scale", 0)))
-        return seen, self.hooked.run(tokens, [*(hooks or []), *reading], **options)
+        return seen, self.hooked.run(self.tokens, reading)
 
     def _differ(self, one: Tensor, other: Tensor, *, tolerance: float | None = None) -> bool:
         size = other.float().abs().max()
@@ -300,27 +311,36 @@ class _Look:
     # (b): edits, all in one pass, a row for each variant, in every layer at once.
 
     def _edited(self) -> dict[str, Seen]:
-        names = list(_VARIANTS)
+        rows = {name: row for row, name in enumerate(_VARIANTS)}
+        seen: dict[str, Seen] = {name: {} for name in rows}
+
+        def keep(site: SiteName, layer: int) -> Callable[[Tensor], None]:
+            def read(activation: Tensor) -> None:
+                if len(activation) == len(rows):
+                    for name in _READ[site]:
+                        seen[name][site, layer] = activation[rows[name]].clone()
+
+            return read
+
         hooks: list[Hook] = []
-        for site in _RECORDED:
-            if site in self.wrong:
-                continue
-            of_site = {row: _VARIANTS[name][site] for row, name in enumerate(names) if site in _VARIANTS[name]}
-            for layer in self.layers:
-                if (site, layer) in self.clean:
-                    hooks.append((site, layer, self._putting(site, layer, of_site)))
-        seen, logits = self._record(self.tokens[:1].expand(len(names), -1), hooks)
-        self.edited_logits = dict(zip(names, logits, strict=True))
-        return {
-            name: {key: value[row] for key, value in seen.items() if len(value) == len(names)}
-            for row, name in enumerate(names)
-        }
+        for site, layer in [key for key in self.clean if key[0] not in self.wrong]:
+            of_site = {rows[name]: edits[site] for name, edits in _VARIANTS.items() if site in edits}
+            hooks.append((site, layer, self._putting(site, layer, of_site)))
+            if site in _READ:
+                hooks.append((site, layer, keep(site, layer)))
+        if self.hooked.has("final_scale", None):
+            hooks.append(("final_scale", None, keep("final_scale", 0)))
+        logits = self.hooked.run(self.tokens[:1].expand(len(rows), -1), hooks)
+        self.edited_logits = dict(zip(rows, logits, strict=True))
+        return seen
 
     def _putting(self, site: SiteName, layer: int, of_site: dict[int, int]) -> Callable[[Tensor], Tensor]:
         def put(activation: Tensor) -> Tensor:
             edited = activation.clone()
             for row, which in of_site.items():
-                edited[row] = self._random(site, layer, which).to(edited)
+                new = self._random(site, layer, which)
+                if new.shape == activation.shape[1:]:  # a mixture of experts may have tokens as rows
+                    edited[row] = new.to(edited)
             return edited
 
         return put
