@@ -210,8 +210,7 @@ def function_vectors(
             n_top_heads=n_top,
             has_function=has,
             n_task_vectors=int(has_task_vector(test).sum()),
-            interval=f"{INTERVAL.format(samples='queries of a task')}; accuracies: 95 % Wilson, of the number of prompts over "
-            "their design effect by queries; attribution_correlation: on Fisher's scale",
+            interval=f"{INTERVAL.format(samples='queries')}; attribution_correlation: on Fisher's scale",
         ),
     )
 
