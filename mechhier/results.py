@@ -31,9 +31,9 @@ MIN_SAMPLES = 4
 """With fewer samples an interval is undefined: what spread they have says next to nothing."""
 INTERVAL = (
     f"95 % studentised bootstrap over {{samples}}, {N_RESAMPLES} resamples, never narrower than Student's t, within the "
-    f"variable's range; undefined (NaN) below {MIN_SAMPLES}"
+    f"variable's range; accuracies: Wilson, outcomes over their design effect; undefined (NaN) below {MIN_SAMPLES} {{samples}}"
 )
-"""The words for `mean_interval` in a result's attribute `interval`."""
+"""The words for the intervals of `scored` in a result's attribute `interval`."""
 _LEAST_SPREAD = 0.5
 """Of a resample, relative to 1/n of the samples' own. A resample that drew one sample n times has no spread, and its
 Student statistic no bound; with this the statistic stays below 2 n times its numerator, and coverage as it was."""
@@ -345,7 +345,7 @@ def scored(
 ) -> Variables:
     """The variables `name`, `name_low`, `name_high` of a mean over samples (see `mean_interval`).
 
-    The units say which range the bounds stay in (`RANGES`).
+    The units say which range the bounds stay in (`RANGES`), and that an accuracy is a proportion (`proportion_interval`).
 
     Args:
         name: Of the variable.
@@ -362,7 +362,10 @@ def scored(
     if bounds is None:
         low, high = RANGES.get(units, UNBOUNDED)
         bounds = (low - high, high - low) if change else (low, high)
-    values = mean_interval(sums, counts, seed=seed, strata=strata, bounds=bounds)
+    if units == "accuracy" and not change:
+        values = proportion_interval(sums, counts)
+    else:
+        values = mean_interval(sums, counts, seed=seed, strata=strata, bounds=bounds)
     return with_bounds(name, dims, values, long_name=long_name, units=units)
 
 

@@ -163,6 +163,16 @@ def test_proportion_of_independent_outcomes_has_wilsons_interval(right, n):
     assert results.proportion_interval(outcomes, np.ones(n))[1:] == pytest.approx((expected.low, expected.high))
 
 
+def test_an_accuracy_is_a_proportion_and_its_change_is_not():
+    right, counts = np.array([1.0, 1, 1, 1, 1, 1]), np.ones(6)
+    about = {"long_name": "x", "units": "accuracy", "seed": 0}
+    level = results.scored("x", (), right, counts, **about)
+    assert float(level["x_low"][1]) == pytest.approx(stats.binomtest(6, 6).proportion_ci(method="wilson").low)
+    change = results.scored("x", (), np.array([-1.0, -1, -1, -1, 0, 0]), counts, change=True, **about)
+    assert float(change["x_low"][1]) == -1
+    assert float(change["x_high"][1]) > 0
+
+
 def test_outcomes_that_are_alike_within_queries_count_as_the_queries():
     right = np.array([4, 0, 4, 4, 0, 4, 4, 4])
     expected = stats.binomtest(6, 8).proportion_ci(method="wilson")

@@ -1,7 +1,8 @@
 """From a corpus to weights, and from weights to a hooked model.
 
 - `spec`: what to train and how; `training`: `train`; `run`: what a training leaves on disk.
-- `loading`: `load_model`, with `weights` (the files), `revision` (public checkpoints in order), `errors`, `tokenizer`.
+- `loading`: `load_model`, with `weights` (the files), `agreement` (of a config with them), `changes` (of a model in
+  memory), `revision` (public checkpoints in order), `errors`, `tokenizer`.
 - `wrapping`: Hugging Face model in, TransformerLens model out; `hooked`: one view of TransformerLens's classes.
 - `planted`: models with circuits written by hand, and what a sound measure must say of them.
 """

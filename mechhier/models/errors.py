@@ -27,6 +27,26 @@ class IncompleteWeightsError(ModelLoadError):
     """A weight file is absent or cut short, or the files lack a weight of the model; the message names them."""
 
 
+class UnexpectedWeightsError(ModelLoadError):
+    """The files hold weights that the config does not ask for: what would be loaded is a part of the model."""
+
+
+class WeightShapeError(ModelLoadError):
+    """A weight in the files has another shape than the config says; the message has both."""
+
+
+class QuantizedWeightsError(ModelLoadError):
+    """The weights are stored in fewer than 16 bits, by the config or by their dtype."""
+
+
+class ChangedModelError(ModelLoadError):
+    """The model has an adapter, hooks or replaced functions, which a hooked model would leave out; the message says where."""
+
+
+class TokenizerError(ModelLoadError):
+    """Files of a tokenizer are there, but they give none; the message says what is wrong with them."""
+
+
 class NoSafetensorsError(ModelLoadError):
     """The model has no safetensors weights, at most pickled ones, which are never opened."""
 
@@ -37,3 +57,7 @@ class WrongDtypeError(ModelLoadError):
 
 class NotEnoughMemoryError(ModelLoadError):
     """The weights do not fit into the free memory of the device; known from the files' headers, before loading."""
+
+
+class CapabilityError(ValueError):
+    """The model was seen, when it was loaded, not to do what a measure needs; the message says what was seen."""

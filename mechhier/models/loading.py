@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,24 +18,27 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from mechhier.grammars import Corpus
+from mechhier.models import verification
+from mechhier.models.agreement import check_no_adapter, check_weights, read_config
+from mechhier.models.changes import check_unchanged, is_adapter, own_copy
 from mechhier.models.errors import (
     HubUnreachableError,
-    IncompleteWeightsError,
     MissingRevisionError,
     ModelLoadError,
     ModelNotFoundError,
+    TokenizerError,
     UnsupportedModelError,
     WrongDtypeError,
 )
+from mechhier.models.hooked import VERIFICATION
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.revision import (
     cached_hub_revisions,
@@ -46,7 +49,8 @@ from mechhier.models.revision import (
     revision_folders,
 )
 from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
-from mechhier.models.weights import ModelFiles, check_memory, n_weights
+from mechhier.models.torch_state import in_default_torch_state
+from mechhier.models.weights import ModelFiles, check_memory, read_headers
 from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
 
 if TYPE_CHECKING:
@@ -64,6 +68,9 @@ _ATTRIBUTE = "_mechhier_model_info"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")
+_TOKENIZERS = (*_VOCABULARIES, "tokenizer_config.json", "merges.txt")
+_LEAST_MERGED = 0.9
+"""Of the words of a byte-pair vocabulary: special tokens are not merged, and are few; a file that is cut short makes less."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -91,6 +98,7 @@ class ModelInfo:
     `unknown` for a `HookedTransformer` that someone else built."""
 
 
+@in_default_torch_state
 def load_model(
     source: str | Path | PreTrainedModel | HookedModel,
     *,
@@ -99,11 +107,18 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     processing: Processing = "none",
+    verify: bool = True,
 ) -> HookedModel:
-    """Load a model as a hooked model, its weights as they were trained unless asked otherwise.
+    """Load a model as a hooked model, its weights as they were trained unless asked otherwise, and look at it.
 
-    By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 in float32). Only
-    safetensors are read, no code of a model's repository is run, and a tokenizer is attached where there is one.
+    By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 of the largest in float32).
+    Whether they do, and whether edits, restarted runs and sums of writes are what they should be, is seen on three rows
+    of 16 tokens (`mechhier.models.verification`): what is wrong is refused, or that capability alone is switched off and
+    says so when it is asked for. Every result carries what was seen (attribute `verification`). Only
+    safetensors are read, no code of a model's repository is run, no kernel is fetched (attention that a config leaves to
+    other packages is computed in the plain way), and a tokenizer is attached where there is one. Text gets a
+    beginning-of-sequence token only where that tokenizer itself puts one in front. The config is compared with the
+    files' headers before anything is allocated; a model in memory must compute what its class does with its weights.
     `model_info` says where the model came from; a checkpoint of a run also carries its grammar. A hub model that is in
     the hub's cache (of this machine, or shared by a cluster) loads without network.
 
@@ -125,20 +140,29 @@ def load_model(
             LayerNorm), the unembedding centred, value biases folded into the output bias. Logits then differ from
             the raw model's by a constant at each position, so probabilities are the same. Only for llama, olmo, gpt2
             and gpt_neox in float32 or float64.
+        verify: Whether to look at the model. Without it a wrong model is measured in silence.
 
     Raises:
         ModelNotFoundError: No such folder or hub name, or a folder without a model.
         MissingRevisionError: The source has no such revision, or it is a folder of revisions and none was named.
         HubUnreachableError: No network, and the hub's cache has not got the revision.
         IncompleteWeightsError: Weight files that are absent or cut short, or that lack weights of the model.
+        UnexpectedWeightsError: Weight files with weights that the config does not ask for.
+        WeightShapeError: A weight of another shape than the config's.
+        QuantizedWeightsError: Weights of less than 16 bits, by the config or by their dtype.
         NoSafetensorsError: No safetensors weights.
+        ChangedModelError: A model with an adapter (in memory or in the folder), with forward hooks, parametrized
+            weights or replaced functions, or whose weights are not in memory: a hooked model would leave them out.
+        TokenizerError: Files of a tokenizer that give none.
         UnsupportedModelError: An architecture that transformers or TransformerLens does not know, or whose folded
-            weights would be wrong.
+            weights would be wrong, or a setting that TransformerLens ignores; a hooked model whose logits are not Hugging
+            Face's or not finite, that is not causal, or that has no attention and residual stream in every layer.
         WrongDtypeError: None of the four dtypes, or folding in less than float32.
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
 
-    Cost: no forward pass. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
+    Cost: passes over some tokens (see `mechhier.models.verification.verify`), about as long as two passes of a
+    hundred tokens in all. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
     classes; a `HookedTransformer` with rotary positions also has its tables, 2 x n_layers x n_ctx x d_head numbers,
     which count only where the context is long for the width. On the CPU, in the dtype of the files, weights stay in
     the files' pages until they are changed: the files must not be overwritten in place while the model is in use. A
@@ -159,7 +183,9 @@ def load_model(
     if not isinstance(source, (str, Path)):
         if revision is not None:
             raise ModelLoadError("revision applies to hub names and folders of revisions; this model is in memory")
-        return _from_memory(source, as_=as_, device=chosen_device, dtype=chosen_dtype, processing=processing)
+        return _from_memory(
+            source, as_=as_, device=chosen_device, dtype=chosen_dtype, processing=processing, verify=verify
+        )
     files, info = _locate(source, revision)
     return _from_files(
         files,
@@ -168,6 +194,7 @@ def load_model(
         device=chosen_device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=chosen_dtype or torch.float32,
         processing=processing,
+        verify=verify,
     )
 
 
@@ -189,6 +216,19 @@ def weight_processing(model: HookedModel) -> str:
     if info is not None:
         return info.processing
     return "none" if _hooked_kind(model) == "bridge" else "unknown"
+
+
+def bos_token_id(model: HookedModel) -> int | None:
+    """The beginning-of-sequence token that is put in front of text and of random tokens, or None.
+
+    For a model that `load_model` made it is there only if the model's own tokenizer puts it in front of text by
+    default, so that text is what it is in transformers; models of a grammar have none. For a hooked model that someone
+    else made, it is that model's own setting (`cfg.default_prepend_bos`; TransformerLens sets it for GPT-2 too).
+    """
+    info = model_info(model)
+    if (info is not None and info.grammar is not None) or not getattr(model.cfg, "default_prepend_bos", False):
+        return None
+    return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
 
 
 def _attach(model: HookedModel, info: ModelInfo) -> HookedModel:
@@ -234,6 +274,8 @@ def _locate(source: str | Path, revision: str | None) -> tuple[ModelFiles, Model
 
 
 def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
+    files = ModelFiles(path, what=f"folder {path}", original=repr(str(path)))
+    check_no_adapter(files)
     if not (path / "config.json").is_file():
         raise _no_model(path)
     info = ModelInfo(name=path.resolve().name, architecture="")
@@ -242,7 +284,7 @@ def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
         home, manifest = run
         grammar = Corpus.from_description(manifest.corpus).grammar
         info = replace(info, name=home.name, step=int(info.name.removeprefix("step-")), grammar=grammar)
-    return ModelFiles(path, what=f"folder {path}", original=repr(str(path))), info
+    return files, info
 
 
 def _no_model(path: Path) -> ModelLoadError:
@@ -290,6 +332,7 @@ def _hub_model(name: str, revision: str | None) -> tuple[ModelFiles, ModelInfo]:
     repair = f"on a machine with network and the same HF_HOME run\n  {command}"
     original = repr(name) + (f", revision={revision!r}" if revision else "")
     files = ModelFiles(Path(folder), what=what, original=original, repair=repair)
+    check_no_adapter(files)
     if not (files.folder / "config.json").is_file():
         raise ModelNotFoundError(f"{what} has no config.json. What to do: {repair}")
     return files, info
@@ -344,71 +387,74 @@ def _from_files(
     device: torch.device,
     dtype: torch.dtype,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
     with quiet_transformers():
-        architecture = _architecture(files)
-        _check_processing(processing, architecture, dtype)
-        check_memory(files, n_weights(files), dtype=dtype, device=device)
-        model = _read_weights(files, dtype=dtype, device=device)
+        config = read_config(files)
+        _check_processing(processing, config.model_type, dtype)
+        headers = read_headers(files)
+        check_memory(files, sum(header.numel() for header in headers.values()), dtype=dtype, device=device)
+        check_weights(files, config, headers)
+        model = _read_weights(files, config, dtype=dtype, device=device)
         model.config.name_or_path = info.name
-        tokenizer = _read_tokenizer(files.folder)
-        hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing)
-    return _attach(hooked, replace(info, architecture=architecture, processing=processing))
+        tokenizer = _read_tokenizer(files)
+        hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing, verify=verify)
+    return _attach(hooked, replace(info, architecture=config.model_type, processing=processing))
 
 
-def _architecture(files: ModelFiles) -> str:
-    """The config's `model_type`, if transformers has a causal language model for it."""
+def _read_weights(
+    files: ModelFiles, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"cannot load {files.what}: {error}. What to do: only architectures that transformers itself has are "
-            "loaded, and no code of a model's repository is run; look for a conversion (OLMo's are named -hf)"
-        ) from error
-    except OSError as error:
-        raise ModelLoadError(f"cannot load {files.what}: {error}. What to do: {files.repair}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"cannot load {files.what}: {config.model_type!r} is no causal language model. What to do: load a model "
-            "that predicts the next token, such as GPT-2, Llama, Pythia or OLMo"
-        )
-    return config.model_type
-
-
-def _read_weights(files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        return AutoModelForCausalLM.from_pretrained(
             files.folder,
+            config=config,
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(
             f"cannot load {files.what}: {error}\nWhat to do: the folder must hold the config.json and the safetensors "
             "weights of one causal language model"
         ) from error
-    if report["missing_keys"]:
-        # transformers would fill these with random numbers.
-        raise IncompleteWeightsError(
-            f"cannot load {files.what}: it has no weights for {sorted(report['missing_keys'])}. What to do: "
-            f"{files.repair}"
-        )
-    return model
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def _read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights; None where there is none, which every probe accepts."""
+    present = sorted({path.name for pattern in _TOKENIZERS for path in files.folder.glob(pattern)})
+    if not present:
+        return None
     # Where there is no vocabulary, transformers invents a tokenizer of a few tokens for gpt2, gpt_neox and olmo.
-    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
-        return None
+    if not any(path for pattern in _VOCABULARIES for path in files.folder.glob(pattern)):
+        raise _no_tokenizer(files, present, "there is no vocabulary")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the package tokenizers raises no narrower class
+        raise _no_tokenizer(files, present, str(error)) from error
+    if (merged := _share_merged(files.folder)) < _LEAST_MERGED:
+        raise _no_tokenizer(files, present, f"merges.txt makes only {merged:.0%} of the words in vocab.json")
+    return tokenizer
+
+
+def _share_merged(folder: Path) -> float:
+    """How much of a byte-pair vocabulary its merges make: text cannot have the rest. 1 where it is in one file."""
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if (folder / "tokenizer.json").is_file() or not (vocabulary.is_file() and merges.is_file()):
+        return 1.0
+    made = {line.replace(" ", "") for line in merges.read_text(encoding="utf-8").splitlines()}
+    words = [word for word in json.loads(vocabulary.read_text(encoding="utf-8")) if len(word) > 1]
+    return sum(word in made for word in words) / len(words) if words else 1.0
+
+
+def _no_tokenizer(files: ModelFiles, present: list[str], reason: str) -> TokenizerError:
+    return TokenizerError(
+        f"cannot load {files.what}: it has files of a tokenizer ({', '.join(present)}), which cannot be read: {reason}. "
+        f"What to do: {files.repair}. Or do without a tokenizer, with\n"
+        f"  load_model(AutoModelForCausalLM.from_pretrained({files.original}))"
+    )
 
 
 def _wrap(
@@ -417,26 +463,39 @@ def _wrap(
     tokenizer: PreTrainedTokenizerBase | None,
     as_: ModelClass | None,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
-    """The hooked model; takes over `model`, which must not be used afterwards."""
-    hooked = None
-    try:
-        if as_ != "bridge" and (as_ == "hooked" or hooked_transformer_class() is not None):
+    """The hooked model, looked at; takes over `model`, which must not be used afterwards."""
+    # Before the bridge puts its own components into the model.
+    expected = verification.hugging_face(model) if verify else None
+    if as_ != "bridge" and (as_ == "hooked" or hooked_transformer_class() is not None):
+        try:
             hooked = to_hooked_transformer(model, tokenizer=tokenizer)
-    except UnsupportedModelError as error:
-        if as_ == "hooked":
-            raise UnsupportedModelError(f"{error}. What to do: load it with as_='bridge'") from error
-    if hooked is not None:
-        if processing == "folded":
-            hooked.process_weights_()
-        return hooked
+            if processing == "folded":
+                hooked.process_weights_()
+            return _looked_at(hooked, expected)
+        except UnsupportedModelError as error:
+            if as_ == "hooked":
+                raise UnsupportedModelError(_with_remedy(error, "load it with as_='bridge'")) from error
     try:
         bridge = to_bridge(model, tokenizer=tokenizer)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error}. What to do: TransformerLens lists the models it supports") from error
+        raise UnsupportedModelError(_with_remedy(error, "TransformerLens lists the models it supports")) from error
     if processing == "folded":
         bridge.enable_compatibility_mode(disable_warnings=True)
-    return bridge
+    return _looked_at(bridge, expected)
+
+
+def _with_remedy(error: UnsupportedModelError, remedy: str) -> str:
+    return str(error) if "What to do" in str(error) else f"{error}. What to do: {remedy}"
+
+
+def _looked_at(hooked: HookedModel, expected: verification.Expected | None) -> HookedModel:
+    if expected is None:
+        verification.skip(hooked)
+    else:
+        verification.verify(hooked, expected=expected)
+    return hooked
 
 
 def _check_processing(processing: Processing, architecture: str, dtype: torch.dtype) -> None:
@@ -461,20 +520,25 @@ def _from_memory(
     device: torch.device | None,
     dtype: torch.dtype | None,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
     if isinstance(source, PreTrainedModel):
         _check_processing(processing, source.config.model_type, dtype or source.dtype)
-        # The bridge changes the model it wraps, HookedTransformer shares its weights, and .to() moves in place.
-        model = copy.deepcopy(source)
-        model.to(device=device or source.device, dtype=dtype or source.dtype)  # pyright: ignore[reportCallIssue]
+        check_unchanged(source)
+        # The bridge changes the model it wraps, and HookedTransformer shares its weights.
+        model = own_copy(source, device=device or source.device, dtype=dtype or source.dtype)
         name = source.config.name_or_path or type(source).__name__
         info = ModelInfo(name=name, architecture=source.config.model_type, processing=processing)
-        return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing), info)
+        return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing, verify=verify), info)
     kind = _hooked_kind(source)
     if kind is None:
+        if is_adapter(source):
+            check_unchanged(source)
+        children = source.named_children() if isinstance(source, torch.nn.Module) else ()
+        inner = [name for name, child in children if isinstance(child, PreTrainedModel)]
         raise ModelLoadError(
             f"cannot load a {type(source).__name__}: give a folder, a hub name, a Hugging Face causal language model, "
-            "a HookedTransformer or a TransformerBridge"
+            f"a HookedTransformer or a TransformerBridge{f'; here, the model within: .{inner[0]}' if inner else ''}"
         )
     if as_ not in (None, kind):
         raise ModelLoadError(f"the model is already a {type(source).__name__}; as_={as_!r} cannot convert it")
@@ -482,6 +546,8 @@ def _from_memory(
         raise ModelLoadError(
             "a hooked model is returned as it is: move, cast or fold it yourself, or load it from its source"
         )
+    if VERIFICATION not in source.__dict__:
+        verification.verify(source) if verify else verification.skip(source)
     return source if model_info(source) else _attach(source, _info_of_hooked(source, kind))
 
 

@@ -1,4 +1,4 @@
-"""The weight files of a model: whether they are all there and whole, how many numbers they hold, whether those fit."""
+"""The weight files of a model: whether they are all there and whole, what their headers say, whether it fits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,32 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mechhier.models.errors import IncompleteWeightsError, NoSafetensorsError, NotEnoughMemoryError
+from mechhier.models.errors import (
+    IncompleteWeightsError,
+    NoSafetensorsError,
+    NotEnoughMemoryError,
+    QuantizedWeightsError,
+)
 
 # Peak memory of a load over the weights in the wanted dtype: see benchmarks/loading.py.
 _PEAK = 1.1
+_SHOWN = 5
+"""Names in one message."""
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors' names of those that can lie in a file that is accepted: integers as masks and positions."""
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
 # (folder of the memory controller, limit, use, the part of the use that is file cache), of version 2 and version 1.
@@ -36,8 +58,8 @@ class ModelFiles:
     """What to do when files in it are absent or damaged."""
 
 
-def n_weights(files: ModelFiles) -> int:
-    """How many numbers the weight files hold, from their headers alone.
+def read_headers(files: ModelFiles) -> dict[str, torch.Tensor]:
+    """Name, shape and dtype of every weight in the files, as tensors without numbers (on the device `meta`).
 
     Opening a file reads its header and compares what it announces with the file's size: a file that is cut short is
     found here, in milliseconds.
@@ -45,22 +67,44 @@ def n_weights(files: ModelFiles) -> int:
     Raises:
         NoSafetensorsError: There are no safetensors weights.
         IncompleteWeightsError: A file is absent, cut short or damaged.
+        QuantizedWeightsError: A weight has a dtype that torch has no numbers for, of 4 or 6 bits.
     """
-    paths = _weight_files(files)
-    n, damaged = 0, []
-    for path in paths:
+    headers: dict[str, torch.Tensor] = {}
+    damaged, packed = [], []
+    for path in _weight_files(files):
         try:
             with safe_open(path, framework="pt") as weights:
-                shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+                for name in weights.keys():  # noqa: SIM118
+                    header = weights.get_slice(name)
+                    if (dtype := header.get_dtype()) in _STORED_DTYPES:
+                        headers[name] = torch.empty(header.get_shape(), dtype=_STORED_DTYPES[dtype], device="meta")
+                    else:
+                        packed.append(f"{name} ({dtype})")
         except (SafetensorError, OSError) as error:
             damaged.append(f"{path.name} ({path.stat().st_size:,} bytes: {error})")
-        else:
-            n += sum(torch.Size(shape).numel() for shape in shapes)
     if damaged:
         raise IncompleteWeightsError(
             f"cannot load {files.what}: cut short or damaged: {', '.join(damaged)}. What to do: {files.repair}"
         )
-    return n
+    if packed:
+        raise quantized_weights(files, packed)
+    return headers
+
+
+def quantized_weights(files: ModelFiles, what: list[str]) -> QuantizedWeightsError:
+    """The refusal of weights in fewer than 16 bits, whose numbers are not the model's without more than their names."""
+    return QuantizedWeightsError(
+        f"cannot load {files.what}: its weights are quantised: {shortened(what)}. What to do: load the model that this "
+        "was made from; or, where there is none, read it once with transformers and the library that quantised it, "
+        "and save its plain weights with\n"
+        f"  AutoModelForCausalLM.from_pretrained({files.original}).dequantize().save_pretrained(FOLDER)"
+    )
+
+
+def shortened(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _weight_files(files: ModelFiles) -> list[Path]:

@@ -202,12 +202,14 @@ def to_hooked_transformer(
         device=str(model.device),
         dtype=model.dtype,
         init_weights=False,
-        default_prepend_bos=_prepends_bos(tokenizer, model_type),
+        default_prepend_bos=_prepends_bos(tokenizer),
     )
     with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
         # HookedTransformer announces its removal in 4.0 on every construction; we support both lines on purpose.
         warnings.simplefilter("ignore", DeprecationWarning)
         hooked = cls(config, tokenizer=tokenizer, move_to_device=False)  # pyright: ignore[reportArgumentType]
+    # TransformerLens takes any token around an empty text for one in front, an end-of-sequence token too.
+    hooked.cfg.tokenizer_prepends_bos = _prepends_bos(hooked.tokenizer)
     with torch.no_grad():
         weights = getattr(weight_conversions, converter)(model, config)
     _give(hooked, weights, model_type)
@@ -268,7 +270,7 @@ def to_bridge(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | No
         build_bridge_from_module = None
     architecture = type(model).__name__
     name = model.config.name_or_path or model.config.model_type
-    prepends_bos = _prepends_bos(tokenizer, model.config.model_type)  # before TransformerLens edits the tokenizer
+    prepends_bos = _prepends_bos(tokenizer)  # before TransformerLens edits the tokenizer
     try:
         if build_bridge_from_module is not None:
             bridge = build_bridge_from_module(
@@ -287,13 +289,19 @@ def to_bridge(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | No
             raise
         raise UnsupportedModelError(f"TransformerBridge cannot wrap a {architecture}: {error}") from error
     bridge.cfg.default_prepend_bos = prepends_bos
+    # TransformerLens takes any token around an empty text for one in front, an end-of-sequence token too.
+    bridge.cfg.tokenizer_prepends_bos = _prepends_bos(bridge.tokenizer)
     return bridge.eval()
 
 
-def _prepends_bos(tokenizer: PreTrainedTokenizerBase | None, model_type: str) -> bool:
-    """Whether string input should get a beginning-of-sequence token: only where the model was trained with one.
+def _prepends_bos(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether string input should get a beginning-of-sequence token: only where the tokenizer itself puts one there.
 
-    TransformerLens invents one from the end-of-sequence token otherwise. GPT-NeoX models name one but were not trained
-    with it (TransformerLens's own setting for them, too).
+    A tokenizer may name one that the model was not trained to see at every beginning (GPT-2's, GPT-NeoX's), and
+    TransformerLens invents one from the end-of-sequence token where none is named. What is in front of text when the
+    tokenizer is called with its defaults is what Hugging Face's model sees, and so what a hooked model sees.
     """
-    return tokenizer is not None and tokenizer.bos_token is not None and model_type != "gpt_neox"
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return False
+    with_special, without = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    return len(with_special) > len(without) and with_special[0] == tokenizer.bos_token_id

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from transformers import PreTrainedTokenizerBase
 
 from mechhier.models.hooked import Hooked
-from mechhier.models.loading import model_info
+from mechhier.models.loading import bos_token_id, model_info
 
 MAX_REPEAT = 64
 """Longest random segment; Olsson et al. (2022) and the library detectors use 25 to 100 tokens."""
@@ -45,28 +46,36 @@ _TEXTS = (
 
 
 def bos_token(hooked: Hooked) -> int | None:
-    """The beginning-of-sequence token that the model was trained with, or None (grammar models have none)."""
-    info = model_info(hooked.model)
-    if (info is not None and info.grammar is not None) or not getattr(hooked.cfg, "default_prepend_bos", False):
-        return None
-    return getattr(getattr(hooked.model, "tokenizer", None), "bos_token_id", None)
+    """The beginning-of-sequence token of `mechhier.models.loading.bos_token_id`."""
+    return bos_token_id(hooked.model)
 
 
 def token_frequencies(hooked: Hooked) -> Float[np.ndarray, " vocab"]:
     """Frequencies from which random tokens are drawn; they sum to one.
 
     The training frequencies where the model carries its grammar (without the end-of-sequence token), else uniform over
-    the tokens that its tokenizer does not call special.
+    the tokens that text can have: those of its tokenizer that are not special. A vocabulary is often padded beyond its
+    tokenizer or has holes, and a token that no text has was never trained. Without a tokenizer, over all tokens.
     """
     info = model_info(hooked.model)
+    tokenizer = getattr(hooked.model, "tokenizer", None)
     if info is not None and info.grammar is not None:
         frequencies = np.array(info.grammar.unigram, dtype=np.float64)
         frequencies[info.grammar.eos_token_id] = 0.0
+    elif tokenizer is not None:
+        frequencies = np.zeros(hooked.d_vocab)
+        frequencies[[token for token in _text_tokens(tokenizer) if token < hooked.d_vocab]] = 1.0
+        if not frequencies.any():
+            raise ValueError("no token of the model's tokenizer is within its vocabulary; give tokens instead")
     else:
         frequencies = np.ones(hooked.d_vocab)
-        special = getattr(getattr(hooked.model, "tokenizer", None), "all_special_ids", None) or []
-        frequencies[[token for token in special if token < hooked.d_vocab]] = 0.0
     return frequencies / frequencies.sum()
+
+
+def _text_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    # Tokens in reserve and those that mark turns of a dialogue are special, though not among the named ones.
+    marks = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return set(tokenizer.get_vocab().values()) - marks - set(tokenizer.all_special_ids)
 
 
 def random_repeats(hooked: Hooked, n_sequences: int, *, seed: int) -> list[tuple[int, Int[torch.Tensor, "batch pos"]]]:

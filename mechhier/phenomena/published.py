@@ -18,6 +18,7 @@ from torch import Tensor
 from mechhier.grammars import DocumentGrammar
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked
 from mechhier.models.loading import model_info
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.probes.attention import reduce_patterns
 from mechhier.probes.provenance import provenance
@@ -40,6 +41,7 @@ N_FUNCTION_PROMPTS = 16
 TRANSITIONS = ("S->V", "V->O", "C->S")
 
 
+@in_default_torch_state
 def published(model: Any, *, n_sequences: int = 20, max_bytes: int = MAX_BYTES, seed: int = 0) -> xr.Dataset:
     """The paper's four scores as released, for comparison with `induction`, `function_vectors` and `hydra`.
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, rows_being_run
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.components import (
     MLP,
@@ -115,6 +116,7 @@ def replacements(
         yield torch.zeros_like(writes)
 
 
+@in_default_torch_state
 def ablate(
     model: Any,
     components: Entries,
@@ -241,6 +243,7 @@ def ablate(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def ablated(
     model: Any,

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.metrics import Metric, name_of
 from mechhier.probes.patching import Direction, Plan, patched_values
@@ -31,6 +32,7 @@ SOURCE = (
 )
 
 
+@in_default_torch_state
 def attribution_patch(
     model: Any,
     clean: Int[Any, "sequence pos"],

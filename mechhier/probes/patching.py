@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, HookFunction, SiteName, rows_being_run
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import Component, HeadInput, Index, Resid, check, grouped, locate
@@ -36,6 +37,7 @@ DEFINITION = (
 SOURCE = "Meng et al. 2022, Locating and Editing Factual Associations in GPT; Heimersheim & Nanda 2024"
 
 
+@in_default_torch_state
 def patch(
     model: Any,
     clean: Int[Any, "sequence pos"],
@@ -112,6 +114,7 @@ def patch(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def patched(
     model: Any,
@@ -223,7 +226,7 @@ class Plan:
             raise ValueError(f"sites must be one or several of {', '.join(known)}, got {sites!r}")
         if direction not in get_args(Direction):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
-        grouped_heads = int(getattr(hooked.cfg, "n_key_value_heads", None) or hooked.n_heads)
+        grouped_heads = hooked.n_kv_heads
         units = {
             first.shape[1] if name in POSITION_SITES else grouped_heads if name in ("k", "v") else hooked.n_heads
             for name in names
@@ -236,7 +239,7 @@ class Plan:
             (position,) = _positions(position, first.shape[1])
         if "resid_mid" in names and hooked.parallel:
             raise ValueError("resid_mid does not exist in a model whose attention and MLP run in parallel")
-        if "mlp_out" in names and getattr(hooked.cfg, "attn_only", False):
+        if "mlp_out" in names and hooked.attn_only:
             raise ValueError("mlp_out does not exist in a model of attention layers only")
         return cls(first, second, names, units.pop(), hooked.n_layers, position, direction, single)
 

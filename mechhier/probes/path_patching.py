@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import (
@@ -46,6 +47,7 @@ SOURCE = (
 )
 
 
+@in_default_torch_state
 def path_patch(
     model: Any,
     clean: Int[Any, "sequence pos"],
@@ -143,6 +145,7 @@ def path_patch(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def path_patched(
     model: Any,
@@ -220,7 +223,7 @@ class _Paths:
         layers = range(hooked.n_layers)
         frozen: set[_runs.Site] = {("z", layer) for layer in layers}
         parts = {part for entry in senders for part in entry}
-        if freeze_mlps and not getattr(hooked.cfg, "attn_only", False):
+        if freeze_mlps and not hooked.attn_only:
             frozen |= {("mlp_out", layer) for layer in layers}
             frozen |= {("mlp_post", part.layer) for part in parts if isinstance(part, Neurons)}
         starts = {part.layer for entry in (*senders, *receivers) for part in entry} - {0}

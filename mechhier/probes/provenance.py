@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mechhier.models.hooked import Hooked
-from mechhier.models.loading import model_info, weight_processing
+from mechhier.models.loading import bos_token_id, model_info, weight_processing
 from mechhier.results import INTERVAL, netcdf_safe, versions
 
 
@@ -30,6 +30,8 @@ def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str,
             "model": getattr(hooked.cfg, "model_name", "unknown"),
             **described,
             "processing": weight_processing(hooked.model),
+            "verification": str(hooked.verification),
+            "bos": _bos(hooked),
             "model_class": type(hooked.model).__name__,
             "dtype": str(hooked.dtype).removeprefix("torch."),
             "device": str(hooked.device),
@@ -38,3 +40,9 @@ def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str,
             **versions(),
         }
     )
+
+
+def _bos(hooked: Hooked) -> str:
+    """What is put in front of text and of random tokens."""
+    bos = bos_token_id(hooked.model)
+    return "none" if bos is None else str(hooked.model.tokenizer.convert_ids_to_tokens(bos))

@@ -600,7 +600,7 @@ def test_no_other_copy_of_the_weights_is_made(folder, monkeypatch):
     for kind in ("hooked", "bridge"):
         read.clear()
         hooked = load_model(folder, as_=kind, dtype="bfloat16", device="cpu")
-        ((model, _), options) = read[0]
+        (model, options) = read[0]
         assert options["dtype"] is torch.bfloat16
         assert options["device_map"] == {"": torch.device("cpu")}
         own = {weight.untyped_storage().data_ptr() for weight in hooked.parameters() if weight.any()}

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from random_models import CLASSES, random_hooked
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import mechhier as mh
 from mechhier.models import load_model
@@ -39,7 +39,7 @@ def write(path, outputs):
     return path
 
 
-def train(*, vocab_size, bos="<s>"):
+def train(*, vocab_size, bos="<s>", prepends=True):
     """A byte-level BPE tokenizer trained on the word lists in the template: the commoner words become one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,7 +52,20 @@ def train(*, vocab_size, bos="<s>"):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return fast(tokenizer, bos=bos, prepends=prepends)
+
+
+def fast(tokenizer, *, bos="<s>", prepends=True):
+    """With a beginning-of-sequence token that it names, and puts in front of text or not."""
+    if bos and prepends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>")
+
+
+def bare(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @lru_cache
@@ -134,17 +147,18 @@ def every_row(model, made):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize(("architecture", "bos"), [("gpt2", "<s>"), ("gpt2", None), ("gpt_neox", "<s>")])
-def test_prompts_are_the_published_template_behind_bos_where_the_model_was_trained_with_it(
-    kind, architecture, bos, tmp_path
+@pytest.mark.parametrize(("bos", "prepends"), [("<s>", True), (None, False), ("<s>", False)])
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
+def test_prompts_are_the_published_template_behind_bos_where_the_tokenizer_puts_one(
+    kind, architecture, bos, prepends, tmp_path
 ):
     """Two demonstrations of eight pairs: all texts that there can be, written out."""
-    tokenizer = train(vocab_size=400, bos=bos)
+    tokenizer = train(vocab_size=400, bos=bos, prepends=prepends)
     outputs = dict(list(LETTERS.items())[:8])
     listed = write(tmp_path / "upper.json", outputs)
     model = load_model(save(tokenizer, tmp_path / "model", architecture=architecture), as_=kind)
     (task,) = word_tasks(model, [listed], n_demonstrations=2, n_prompts=4)
-    prefix = [tokenizer.bos_token_id] if bos and architecture == "gpt2" else []
+    prefix = [tokenizer.bos_token_id] if prepends else []
     possible = {}
     for a, b, c in permutations(outputs, 3):
         A, B = outputs[a], outputs[b]
@@ -153,7 +167,7 @@ def test_prompts_are_the_published_template_behind_bos_where_the_model_was_train
             "shuffled": f"Q: {a}\nA: {B}\n\nQ: {b}\nA: {A}\n\nQ: {c}\nA:",
             "zero_shot": f"Q: {c}\nA:",
         }.items():
-            possible[name, outputs[c], tuple(prefix + tokenizer(text)["input_ids"])] = (a, b)
+            possible[name, outputs[c], tuple(prefix + bare(tokenizer, text))] = (a, b)
     for prompts in splits(task):
         for row, answer in enumerate(prompts.answers):
             word = tokenizer.decode([answer]).removeprefix(" ")
@@ -176,7 +190,7 @@ def test_answers_are_what_the_tokenizer_adds_to_the_prompt(model, made):
                 tokens = tokens[tokens >= 0].tolist()
                 text = model.tokenizer.decode(tokens[1:])
                 output = lists()[name][parsed(text)[1]]
-                assert [0, *bpe()(f"{text} {output}")["input_ids"]] == [*tokens, prompts.answers[row]]
+                assert [0, *bare(bpe(), f"{text} {output}")] == [*tokens, prompts.answers[row]]
                 n_read += 1
     assert n_read == len(FAMILY) * N_SPLITS * 3 * 8
 
@@ -230,7 +244,7 @@ def test_splits_ask_disjoint_queries_that_cover_all_one_token_answers(model):
     asked = [set(prompts.queries.tolist()) for prompts in splits(task)]
     assert sum(map(len, asked)) == len(set.union(*asked))
     inputs = list(lists()["verb-past"])
-    one_token = {inputs.index(x) for x, y in lists()["verb-past"].items() if len(bpe()(f" {y}")["input_ids"]) == 1}
+    one_token = {inputs.index(x) for x, y in lists()["verb-past"].items() if len(bare(bpe(), f" {y}")) == 1}
     assert set.union(*asked) == one_token
     assert max(map(len, asked)) - min(map(len, asked)) <= 1
 
@@ -245,9 +259,7 @@ def test_prompts_of_one_query_ask_the_same_word_in_other_demonstrations(model):
 
 def contradictions(a, b):
     """Queries that both tasks can be asked, with different answers."""
-    first, second = (
-        {x: y for x, y in lists()[name].items() if len(bpe()(f" {y}")["input_ids"]) == 1} for name in (a, b)
-    )
+    first, second = ({x: y for x, y in lists()[name].items() if len(bare(bpe(), f" {y}")) == 1} for name in (a, b))
     return sum(second.get(x, y) != y for x, y in first.items())
 
 
@@ -277,7 +289,7 @@ def test_other_answers_are_the_other_tasks_for_the_same_word_or_unknown(model, m
     known, unknown = 0, 0
     for name, read, answer, (other, _, _) in every_row(model, made):
         word = lists()[made[name].other].get(read["clean"][1])
-        tokens = [] if word is None else bpe()(f" {word}")["input_ids"]
+        tokens = [] if word is None else bare(bpe(), f" {word}")
         if len(tokens) == 1 and tokens[0] != answer:
             assert other == tokens[0]
             known += 1
@@ -304,7 +316,7 @@ def test_wrong_answers_are_right_for_another_query_and_not_shown(model, made):
 def test_wrong_answers_are_among_the_few_that_are_not_shown(model, tmp_path):
     (task,) = word_tasks(model, [write(tmp_path / "upper.json", LETTERS)], n_demonstrations=9, n_prompts=8)
     for _, read, answer, (_, wrong, _) in every_row(model, {"upper": task}):
-        unseen = {bpe()(f" {y}")["input_ids"][0] for y in {*LETTERS.values()} - {y for _, y in read["clean"][0]}}
+        unseen = {bare(bpe(), f" {y}")[0] for y in {*LETTERS.values()} - {y for _, y in read["clean"][0]}}
         assert wrong in unseen - {answer}
 
 
@@ -313,7 +325,7 @@ def test_wrong_answers_may_be_shown_where_all_are(model, tmp_path):
     (task,) = word_tasks(model, [write(tmp_path / "parity.json", binary)], n_demonstrations=4, n_prompts=6)
     for prompts in splits(task):
         assert set(prompts.answers.tolist()) | set(prompts.wrong_answers.tolist()) == {
-            bpe()(f" {y}")["input_ids"][0] for y in ("yes", "no")
+            bare(bpe(), f" {y}")[0] for y in ("yes", "no")
         }
 
 
@@ -323,7 +335,7 @@ def test_wrong_answers_may_be_shown_where_all_are(model, tmp_path):
 def test_pairs_with_an_answer_of_several_tokens_are_shown_but_never_asked_and_named(model, tmp_path, capsys):
     outputs = LETTERS | {"m": f"{LONG}m", "n": f"{LONG}n"}
     (task,) = word_tasks(model, [write(tmp_path / "mixed.json", outputs)], n_demonstrations=10, n_prompts=12)
-    n_tokens = {x: len(bpe()(f" {outputs[x]}")["input_ids"]) for x in "mn"}
+    n_tokens = {x: len(bare(bpe(), f" {outputs[x]}")) for x in "mn"}
     assert min(n_tokens.values()) > 1
     assert task.excluded == tuple(f"{x} -> {outputs[x]}: {n_tokens[x]} tokens" for x in "mn")
     assert "mixed 2 of 14" in capsys.readouterr().err
@@ -355,8 +367,7 @@ def merging_tokenizer():
     merges += [("b", "\n"), ("b\n", "A:"), ("b\nA:", f" {letters[2]}")]
     words = ["<s>", "</s>", *"Q:\n ", *letters, *LETTERS, *(first + second for first, second in merges)]
     vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return fast(Tokenizer(models.BPE(vocab, merges)))
 
 
 def test_tokenizers_that_merge_across_words_never_break_the_definition_of_the_answer(tmp_path):
@@ -368,7 +379,7 @@ def test_tokenizers_that_merge_across_words_never_break_the_definition_of_the_an
     model = load_model(save(tokenizer, tmp_path / "model"))
 
     def ids(text):
-        return [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+        return tokenizer(text)["input_ids"]
 
     assert len(ids("Q: b\nA: C\n\nQ: d\nA:")) < len(ids("Q: b\nA: D\n\nQ: d\nA:"))
     (task,) = word_tasks(model, [write(tmp_path / "upper.json", LETTERS)], n_demonstrations=4, n_prompts=60)
@@ -391,9 +402,7 @@ def test_a_tokenizer_that_always_merges_the_answer_is_refused(tmp_path):
     merges += [("\n\nQ: b\nA", ":"), ("\n\nQ: b\nA:", " B")]
     words = ["<s>", "</s>", *"Q:\n ", *LETTERS.values(), *LETTERS, *(first + second for first, second in merges)]
     vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    model = load_model(save(fast, tmp_path / "model"))
+    model = load_model(save(fast(Tokenizer(models.BPE(vocab, merges))), tmp_path / "model"))
     with pytest.raises(ValueError, match="query 'b': in 100 draws of demonstrations the tokenizer always merged"):
         word_tasks(model, [write(tmp_path / "upper.json", LETTERS)], n_demonstrations=4, n_prompts=12)
 
@@ -473,7 +482,7 @@ def test_by_default_all_built_in_lists_are_asked_that_the_tokenizer_allows(tmp_p
     assert len(made) >= 2
     assert left_out
     for name, count in left_out:
-        ones = [y for y in lists()[name].values() if len(tokenizer(f" {y}")["input_ids"]) == 1]
+        ones = [y for y in lists()[name].values() if len(bare(tokenizer, f" {y}")) == 1]
         assert len(ones) == int(count) < 6
 
 

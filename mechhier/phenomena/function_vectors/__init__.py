@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena.function_vectors.indirect import attributed_effects, by_query, indirect_effects, mean_heads
 from mechhier.phenomena.function_vectors.injection import (
     ADDED,
@@ -65,6 +66,7 @@ MAX_TOP_HEADS = 10
 __all__ = ["DOSES", "PROMPTS", "VECTORS", "function_vectors"]
 
 
+@in_default_torch_state
 def function_vectors(
     model: Any,
     tasks: Sequence[Task] | None = None,
@@ -208,8 +210,7 @@ def function_vectors(
             n_top_heads=n_top,
             has_function=has,
             n_task_vectors=int(has_task_vector(test).sum()),
-            interval=f"{INTERVAL.format(samples='queries of a task')}; accuracies: 95 % Wilson, of the number of prompts over "
-            "their design effect by queries; attribution_correlation: on Fisher's scale",
+            interval=f"{INTERVAL.format(samples='queries')}; attribution_correlation: on Fisher's scale",
         ),
     )
 

@@ -15,7 +15,7 @@ from mechhier.phenomena.function_vectors.indirect import by_query
 from mechhier.phenomena.tasks import Kind, Prompts, Task, concatenate, other_tasks
 from mechhier.probes.last_position import LastPosition, last_positions
 from mechhier.progress import track
-from mechhier.results import Variables, mean_interval, proportion_interval, scored, with_bounds
+from mechhier.results import Variables, mean_interval, scored
 
 ADDED = ("function_vector", "other_task", "random_heads", "random_norm", "grand_mean")
 PUT = ("task_vector", "other_task_vector")
@@ -185,26 +185,30 @@ def _task_vectors(
 
 def _described(prompts: Prompts, base: dict[str, Judged], judged: Judged, dosed: Judged, *, seed: int) -> Variables:
     dims = ("prompt", "vector", "layer")
-    variables = _accuracy("accuracy", dims, judged.right, prompts, "accuracy of f_t(x) after injection")
+    variables = _accuracy("accuracy", dims, judged.right, prompts, "accuracy of f_t(x) after injection", seed=seed)
     label = "accuracy of f_t'(x), the other task's answer, after injection"
-    variables |= _accuracy("accuracy_other", dims, judged.other, prompts, label)
+    variables |= _accuracy("accuracy_other", dims, judged.other, prompts, label, seed=seed)
     for kind, values in base.items():
-        variables |= _accuracy(f"accuracy_{kind}", (), values.right, prompts, f"accuracy, {kind} prompts")
+        variables |= _accuracy(f"accuracy_{kind}", (), values.right, prompts, f"accuracy, {kind} prompts", seed=seed)
     label = "recovered logit difference after injection"
     variables |= _recovery("recovery", dims, base, judged.difference, prompts, label, seed=seed)
     dims, by_dose = ("prompt", "dose", "layer"), "by multiple of the function vector"
     label = f"accuracy of f_t(x) after injection, {by_dose}"
-    variables |= _accuracy("dose_accuracy", dims, dosed.right, prompts, label)
+    variables |= _accuracy("dose_accuracy", dims, dosed.right, prompts, label, seed=seed)
     label = f"recovered logit difference, {by_dose}"
     return variables | _recovery("dose_recovery", dims, base, dosed.difference, prompts, label, seed=seed)
 
 
 def _accuracy(
-    name: str, dims: Sequence[str], right: Float[np.ndarray, "prompt ..."], prompts: Prompts, long_name: str
+    name: str,
+    dims: Sequence[str],
+    right: Float[np.ndarray, "prompt ..."],
+    prompts: Prompts,
+    long_name: str,
+    *,
+    seed: int,
 ) -> Variables:
-    return with_bounds(
-        name, dims, proportion_interval(*by_query(right, prompts)), long_name=long_name, units="accuracy"
-    )
+    return scored(name, dims, *by_query(right, prompts), long_name=long_name, units="accuracy", seed=seed)
 
 
 def _recovery(

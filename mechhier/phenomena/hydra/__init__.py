@@ -11,6 +11,7 @@ from jaxtyping import Int
 from scipy import stats
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.phenomena.hydra.effects import (
     COMPONENTS,
@@ -55,6 +56,7 @@ _ROUNDINGS = 16
 """The same in roundings of the weights' dtype, where that is coarser."""
 
 
+@in_default_torch_state
 def hydra(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,
@@ -132,8 +134,7 @@ def hydra(
         True
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    if getattr(hooked.cfg, "output_logits_soft_cap", None) and hooked.cfg.output_logits_soft_cap > 0:
-        raise ValueError("direct effects are not defined for a model that caps its logits (output_logits_soft_cap)")
+    hooked.require("direct effects")
     if level not in get_args(Level):
         raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
     if n_null < 0:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import random_repeats
 from mechhier.phenomena.induction.attention import Sums, on_repeats, on_text
 from mechhier.phenomena.induction.causal import Effects, ablate, choose_heads, control_sets
-from mechhier.phenomena.induction.circuits import N_ROTATIONS, N_SAMPLED_TOKENS, copying_scores, k_composition
+from mechhier.phenomena.induction.circuits import N_ROTATIONS, N_SAMPLED_TOKENS, copying_scores, k_composition, why_not
 from mechhier.phenomena.induction.kinds import KINDS, THRESHOLD, above_uniform, kinds_of
 from mechhier.phenomena.induction.losses import copy_losses, early_and_late, late_minus_early, text_and_floor
 from mechhier.probes.provenance import provenance
@@ -69,6 +70,7 @@ _LONG_NAMES = {
 _LOSSES = {"copy_loss": "loss on the second copy", "ICL_score": "late minus early loss on text"}
 
 
+@in_default_torch_state
 def induction(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,
@@ -184,7 +186,7 @@ def induction(
     if n_controls:
         ablations, n_control_sets = _ablations(hooked, scores["IND"], repeats, text, n_controls, seed=seed)
         variables |= ablations
-    _warn_undefined(variables, n_sequences, n_text)
+    _warn_undefined(variables, n_sequences, n_text, of_weights=why_not(hooked))
     return xr.Dataset(
         variables,
         coords={"layer": np.arange(hooked.n_layers), "head": np.arange(hooked.n_heads)},
@@ -280,10 +282,11 @@ def _mean(sums: Float[np.ndarray, "sequence ..."], counts: Float[np.ndarray, "se
         return np.asarray(sums.sum(0) / counts.sum(0))
 
 
-def _warn_undefined(variables: Variables, n_sequences: int, n_text: int) -> None:
+def _warn_undefined(variables: Variables, n_sequences: int, n_text: int, *, of_weights: str | None) -> None:
     """Say once what is NaN, and why; but for the K-composition of the first layer, which there is not."""
-    values, bounds = undefined({name: each for name, each in variables.items() if "K_composition" not in name})
-    reasons = []
+    from_weights = ("K_composition", "copying")
+    values, bounds = undefined({name: each for name, each in variables.items() if not name.startswith(from_weights)})
+    reasons = [] if of_weights is None else [f"copying and K-composition are not defined: {of_weights}"]
     if values:
         reasons.append(
             f"nothing counts for {', '.join(values)}: no query has such a key, or no sequence is left that did not choose "
