@@ -112,6 +112,7 @@ def repair_share(
     bounds = median_bounds(
         repaired, lost, counts.reshape(-1), surely.reshape(-1), possibly.reshape(-1), min_lost=min_lost, seed=seed
     )
+    bounds = np.minimum(bounds[0], median), np.maximum(bounds[1], median)
     label = f"median over parts that surely lose more than {min_lost} logits of the {long_name}"
     labels = (label, f"{label}, lower bound (95 %)", f"{label}, upper bound (95 %)")
     medians = {
