@@ -1,6 +1,7 @@
 """A corpus is the same text however it is read, and knows the floor of its language."""
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from mechhier.grammars import (
     dyck,
     random_hierarchy,
 )
+from mechhier.grammars.floor import floor as floor_of
 
 POOL = DocumentGrammar(n_words=6, lexicon=4, binding=1.0)
 
@@ -183,6 +185,18 @@ def test_floor_of_an_estimate_says_how_well_its_rows_and_all_rows_are_known():
     means = found.estimate[:, 1:].mean(axis=1)
     expected = stats.ttest_1samp(means, 0).confidence_interval(0.95)
     assert (floor.floor_mean_low.item(), floor.floor_mean_high.item()) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_rows", [2, 4, 16])
+def test_floors_interval_covers_the_mean_over_all_rows_in_95_of_100_samples(n_rows):
+    def mean(seed, n):
+        return floor_of(POOL, POOL.generate(n, 48, np.random.default_rng(seed)))
+
+    truth = mean(0, 4000).floor_mean.item()
+    samples = [mean(seed, n_rows) for seed in range(1, 401)]
+    covered = np.mean([s.floor_mean_low <= truth <= s.floor_mean_high for s in samples])
+    assert 0.92 < covered < 0.98  # with the normal quantile: .70, .85, .93
 
 
 def test_floor_of_a_grammar_with_rejected_lengths_says_that_only_bounds_are_known():
