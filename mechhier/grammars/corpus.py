@@ -343,7 +343,8 @@ class Corpus:
             ``floor`` over ``position``, the standard error ``floor_error`` of its estimation (0 where the predictor is
             exact, NaN where only bounds are known), bounds ``floor_lower`` and ``floor_upper``, and the scalars
             ``floor_mean``, ``floor_lower_mean`` and ``floor_upper_mean`` with 95 % intervals over rows (``_low``,
-            ``_high``). The attribute ``method`` says how.
+            ``_high``), Student's; and ``floor_mean_error``, the standard error of estimation of these rows' mean. The
+            attribute ``method`` says how.
 
         Raises:
             ValueError: The corpus is packed, so that its rows do not begin documents, or ``n_rows`` is below 2.

@@ -331,10 +331,11 @@ class DocumentGrammar(Grammar):
         """Return the ideal predictor's loss on every token, in nats, between a lower and an upper bound.
 
         With a fixed lexicon or a pool it is the loss of the exact mixture and its own bounds. With per-document
-        lexicons it is exact where ``binding`` is 0 (or 1, in hierarchical text) and the documents are not too long,
-        else the estimate of particle filters (see :mod:`mechhier.grammars.lexicon_inference`); the lower bound knows
-        the document's lexicon, and the upper infers nothing from the context, so that every word of a category is
-        equally likely. Bounds hold in expectation; a single token's loss may lie outside.
+        lexicons it is exact where ``binding`` is 0 (or 1, in hierarchical text) and the documents are not too long, and
+        where there are up to four words per category and rows of up to 300 tokens. Else it is the estimate of particle
+        filters (see :mod:`mechhier.grammars.lexicon_filter`), with its error. The lower bound knows the document's
+        lexicon, and the upper infers nothing from the context, so that every word of a category is equally likely.
+        Bounds hold in expectation; a single token's loss may lie outside.
 
         The predictor forgets a lexicon at the end of its document. With ``repetitions`` above 1 other documents of
         the row may share it; they are shuffled over a block of about 2^18 tokens, so that this is seldom, and the

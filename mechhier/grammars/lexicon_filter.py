@@ -83,9 +83,10 @@ class Language(NamedTuple):
         """Make the arrays of a language whose laws have these logarithms."""
         laws = np.exp(log_laws)
         per_clause = hierarchical and binding > 0
-        with np.errstate(divide="ignore"):
-            log_odds = np.log(binding) - max(np.log1p(-binding), -_LARGEST_LOG)
-        log_factor = np.logaddexp(0.0, log_odds - (2 if per_clause else 1) * log_laws[0])
+        log_factor = np.zeros(log_laws.shape[1])
+        if binding > 0:
+            log_odds = math.log(binding) - (math.log1p(-binding) if binding < 1 else -_LARGEST_LOG)
+            log_factor = np.logaddexp(0.0, log_odds - (2 if per_clause else 1) * log_laws[0])
         return cls(laws, log_laws, log_factor, *alias_table(laws), np.array(sizes), binding, per_clause)
 
 

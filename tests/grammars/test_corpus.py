@@ -1,6 +1,7 @@
 """A corpus is the same text however it is read, and knows the floor of its language."""
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from scipy import stats
 
 from mechhier.grammars import (
     PCFG,
@@ -20,6 +22,7 @@ from mechhier.grammars import (
     dyck,
     random_hierarchy,
 )
+from mechhier.grammars.floor import floor as floor_of
 
 POOL = DocumentGrammar(n_words=6, lexicon=4, binding=1.0)
 
@@ -171,6 +174,29 @@ def test_floor_of_a_held_out_corpus_is_measured_on_itself():
 def test_floor_of_per_document_lexicons_lies_between_its_bounds():
     floor = DocumentGrammar(zipf=2.0).corpus(tokens=96 * 1000, context=96).floor(n_rows=20)
     assert float(floor.floor_lower_mean) + 0.1 < float(floor.floor_mean) < float(floor.floor_upper_mean) - 0.1
+
+
+def test_floor_of_an_estimate_says_how_well_its_rows_and_all_rows_are_known():
+    corpus = DocumentGrammar(n_words=6, binding=0.5, n_sections=1).corpus(tokens=32 * 10, context=32, split="test")
+    floor = corpus.floor(n_rows=3)
+    found = corpus.grammar.ideal_loss(corpus.sample(0, 3))
+    assert floor.floor_mean_error.item() == pytest.approx(math.hypot(*found.mean_error) / 3)
+    assert floor.floor_mean_error < floor.floor_error[1:].mean()  # errors of a row's tokens partly cancel
+    means = found.estimate[:, 1:].mean(axis=1)
+    expected = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    assert (floor.floor_mean_low.item(), floor.floor_mean_high.item()) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_rows", [2, 4, 16])
+def test_floors_interval_covers_the_mean_over_all_rows_in_95_of_100_samples(n_rows):
+    def mean(seed, n):
+        return floor_of(POOL, POOL.generate(n, 48, np.random.default_rng(seed)))
+
+    truth = mean(0, 4000).floor_mean.item()
+    samples = [mean(seed, n_rows) for seed in range(1, 401)]
+    covered = np.mean([s.floor_mean_low <= truth <= s.floor_mean_high for s in samples])
+    assert 0.92 < covered < 0.98  # with the normal quantile: .70, .85, .93
 
 
 def test_floor_of_a_grammar_with_rejected_lengths_says_that_only_bounds_are_known():

@@ -210,7 +210,7 @@ def test_the_grammars_exact_floor_is_subtracted_from_the_icl_score(monkeypatch):
 
 
 def test_a_floor_that_is_not_exact_is_not_subtracted_and_asked_of_one_row_only(monkeypatch):
-    grammar = mh.grammars.DocumentGrammar(n_words=4, n_connectors=2, binding=0.5, context=CONTEXT)
+    grammar = mh.grammars.DocumentGrammar(n_words=6, n_connectors=2, binding=0.5, context=CONTEXT)
     asked = []
     whole = mh.grammars.DocumentGrammar.ideal_loss
     monkeypatch.setattr(
