@@ -36,6 +36,7 @@ from mechhier.models.errors import (
     UnsupportedModelError,
     WrongDtypeError,
 )
+from mechhier.models.identity import parameters_hash, state_hash
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.revision import (
     cached_hub_revisions,
@@ -78,18 +79,28 @@ class ModelInfo:
     """What is known about where a hooked model comes from."""
 
     name: str
-    """The run's name, the folder's name (of a folder of revisions: the outer one's), the hub name or the model's own."""
+    """Of a training of an experiment its arm and seed; else the name of the run's folder (of `<name>/run` the outer one's)
+    or of the folder (of a folder of revisions the outer one's), the hub name, or the model's own."""
     architecture: str
     """Hugging Face's `model_type`: llama, gpt2, gpt_neox, olmo, ..."""
     step: int | None = None
     """Training step, where the source says it (a run's checkpoint, a revision such as `step1000-tokens4B`)."""
     revision: str | None = None
     """The revision that was asked for."""
+    arm: str | None = None
+    """The arm of the experiment that trained the model."""
+    seed: int | None = None
+    """The seed of the model's training, for a checkpoint of one of our runs."""
     grammar: Grammar | None = None
     """The grammar that the model was trained on, for a checkpoint of one of our runs."""
     processing: str = "none"
     """`none` if the weights are the trained ones, `folded` if the norms' gains were folded into the next weights,
     `unknown` for a `HookedTransformer` that someone else built."""
+    weights_hash: str | None = None
+    """Hash of the weights as they were loaded (`mechhier.models.identity.state_hash`): the same for both classes, and
+    whether folded or not. None for a hooked model that someone else built."""
+    parameters_hash: str | None = None
+    """Hash of the hooked model's own parameters at that time, by which a later change is noticed."""
 
 
 @in_default_torch_state
@@ -140,7 +151,8 @@ def load_model(
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
 
-    Cost: no forward pass. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
+    Cost: no forward pass; the weights are read twice more, for their hash. Memory: the weights in the wanted dtype and
+    about a tenth more while they are read, for both
     classes; a `HookedTransformer` with rotary positions also has its tables, 2 x n_layers x n_ctx x d_head numbers,
     which count only where the context is long for the width. On the CPU, in the dtype of the files, weights stay in
     the files' pages until they are changed: the files must not be overwritten in place while the model is in use. A
@@ -178,6 +190,20 @@ def model_info(model: torch.nn.Module) -> ModelInfo | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
+def measured_weights(model: HookedModel) -> tuple[str, str]:
+    """Hash of a hooked model's weights as they are now, and what it is of.
+
+    The second is `as loaded`, `changed since loading`, or `not loaded by load_model`. As loaded, the hash is
+    `ModelInfo.weights_hash`; else that of the model's own parameters, which differs between the classes.
+
+    Cost: reads the weights once (see `mechhier.models.identity.parameters_hash`).
+    """
+    info, now = model_info(model), parameters_hash(model)
+    if info is None or info.weights_hash is None:
+        return now, "not loaded by load_model"
+    return (info.weights_hash, "as loaded") if now == info.parameters_hash else (now, "changed since loading")
+
+
 def weight_processing(model: HookedModel) -> str:
     """What has been done to a hooked model's weights, in `ModelInfo.processing`'s words, read off it as it is now.
 
@@ -196,6 +222,8 @@ def weight_processing(model: HookedModel) -> str:
 def _attach(model: HookedModel, info: ModelInfo) -> HookedModel:
     # Both classes route setattr through nn.Module or their own aliases; the instance dictionary is common, and is
     # copied by deepcopy.
+    if info.weights_hash is not None:
+        info = replace(info, parameters_hash=parameters_hash(model))
     model.__dict__[_ATTRIBUTE] = info
     return model
 
@@ -242,8 +270,14 @@ def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
     run = _run_of(path)
     if run is not None:
         home, manifest = run
-        grammar = Corpus.from_description(manifest.corpus).grammar
-        info = replace(info, name=home.name, step=int(info.name.removeprefix("step-")), grammar=grammar)
+        info = replace(
+            info,
+            name=manifest.name(home),
+            step=int(info.name.removeprefix("step-")),
+            grammar=Corpus.from_description(manifest.corpus).grammar,
+            arm=manifest.arm,
+            seed=manifest.train.seed,
+        )
     return ModelFiles(path, what=f"folder {path}", original=repr(str(path))), info
 
 
@@ -353,6 +387,7 @@ def _from_files(
         check_memory(files, n_weights(files), dtype=dtype, device=device)
         model = _read_weights(files, dtype=dtype, device=device)
         model.config.name_or_path = info.name
+        info = replace(info, weights_hash=state_hash(model))
         tokenizer = _read_tokenizer(files.folder)
         hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing)
     return _attach(hooked, replace(info, architecture=architecture, processing=processing))
@@ -470,7 +505,8 @@ def _from_memory(
         model = copy.deepcopy(source)
         model.to(device=device or source.device, dtype=dtype or source.dtype)  # pyright: ignore[reportCallIssue]
         name = source.config.name_or_path or type(source).__name__
-        info = ModelInfo(name=name, architecture=source.config.model_type, processing=processing)
+        architecture, weights = source.config.model_type, state_hash(model)
+        info = ModelInfo(name=name, architecture=architecture, processing=processing, weights_hash=weights)
         return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing), info)
     kind = _hooked_kind(source)
     if kind is None:
