@@ -14,6 +14,7 @@ import xarray as xr
 
 from mechhier import results
 from mechhier.files import write_whole
+from mechhier.models.run import weights_sha256
 from mechhier.phenomena import PHENOMENA
 from mechhier.progress import track
 
@@ -41,7 +42,8 @@ def sweep(
     call again measures only what is missing or was measured with other options. A checkpoint that fails is recorded
     beside it (`step-<step>.error.json`), reported by a `SweepWarning` at the end, and tried again by the next call.
 
-    Cost: for each checkpoint one load and what each phenomenon's docstring says.
+    Cost: each checkpoint's files are read once for their hash; for each that is measured one load, and what each
+    phenomenon's docstring says.
 
     Args:
         runs: A run, or runs by the name of their arm.
@@ -50,8 +52,8 @@ def sweep(
         seed: Seed handed to every phenomenon.
 
     Returns:
-        A tree with one node per phenomenon, dims `step` and the phenomenon's own; with several arms one such tree per
-        arm. What failed is missing from it.
+        A tree with one node per phenomenon, dims `step` (with the coordinate `weights_hash`) and the phenomenon's own;
+        with several arms one such tree per arm. What failed is missing from it.
 
     Raises:
         ValueError: An unknown phenomenon, no run, or a step without a checkpoint.
@@ -81,10 +83,10 @@ def sweep(
         for arm, run in arms.items():
             found: dict[str, list[xr.Dataset]] = {name: [] for name in options}
             for step in wanted[arm]:
-                model = None
+                model, weights = None, weights_sha256(run.checkpoint(step))
                 for name, keywords in options.items():
                     path = run.path / "results" / name / f"step-{step:06d}.nc"
-                    key = _measurement_key(run, step, name, keywords, seed)
+                    key = _measurement_key(run, step, weights, name, keywords, seed)
                     measured = _finished(path, key)
                     if measured is None:
                         try:
@@ -96,7 +98,7 @@ def sweep(
                             failed.append(_record_error(path, error))
                             measured = None
                     if measured is not None:
-                        found[name].append(measured.expand_dims(step=[step]))
+                        found[name].append(_of_step(measured, step))
                     advance(note=f"{arm} step {step} {name}")
             for name, parts in found.items():
                 if parts:
@@ -113,17 +115,25 @@ def sweep(
     return xr.DataTree.from_dict(nodes)
 
 
-def _measurement_key(run: Run, step: int, name: str, keywords: Mapping[str, Any], seed: int) -> str:
-    """Hash of everything that the measurement depends on: training, checkpoint, options and versions."""
+def _measurement_key(run: Run, step: int, weights: str, name: str, keywords: Mapping[str, Any], seed: int) -> str:
+    """Hash of everything that the measurement depends on: training, checkpoint and its weights, options and versions."""
     described = {
         "run": run.manifest.model_dump(mode="json", include={"model", "train", "corpus", "steps"}),
         "step": step,
+        "weights": weights,
         "phenomenon": name,
         "options": {key: repr(value) for key, value in sorted(keywords.items())},
         "seed": seed,
         "versions": results.versions(),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _of_step(measured: xr.Dataset, step: int) -> xr.Dataset:
+    """A measurement as part of a sweep; the hash of what was measured would be lost as an attribute, which they differ in."""
+    words = {"long_name": "hash of the weights that were measured"}
+    coordinate = ("step", [measured.attrs.get("weights_hash", "unknown")], words)
+    return measured.expand_dims(step=[step]).assign_coords(weights_hash=coordinate)
 
 
 def _finished(path: Path, key: str) -> xr.Dataset | None:

@@ -12,6 +12,7 @@ import xarray as xr
 
 import mechhier as mh
 from mechhier import results, sweeps
+from mechhier.models.loading import measured_weights
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_sweep_stacks_every_checkpoint_along_step(fresh):
     assert set(tree.children) == {"induction", "published"}
     assert tree["induction"].ds.step.values.tolist() == fresh.steps
     alone = mh.phenomena.induction(fresh.load(-1), n_sequences=4)
-    xr.testing.assert_allclose(tree["induction"].ds.isel(step=-1).IND.drop_vars("step"), alone.IND)
+    xr.testing.assert_allclose(tree["induction"].ds.isel(step=-1).IND.drop_vars(["step", "weights_hash"]), alone.IND)
     arms = mh.sweep({"a": fresh, "b": fresh}, INDUCTION, steps=[0])
     assert set(arms.children) == {"a", "b"}
     assert arms["a/induction"].ds.attrs["phenomenon"] == "induction"
@@ -66,6 +67,20 @@ def test_second_sweep_reads_what_the_first_wrote_and_other_options_are_measured_
     mh.sweep(fresh, {"induction": {"n_sequences": 6}}, steps=[0])
     mh.sweep(fresh, {"induction": {"n_sequences": 6}}, steps=[0], seed=1)
     assert len(calls) == 2
+
+
+def test_a_sweep_says_which_weights_were_measured_and_measures_others_again(fresh):
+    tree = mh.sweep(fresh, INDUCTION)
+    found = tree["induction"].ds.weights_hash.values.tolist()
+    assert found == [measured_weights(fresh.load(step))[0] for step in fresh.steps]
+    assert len(set(found)) == len(fresh.steps)  # the first step changed the weights
+    results.save(tree, fresh.path / "all.nc")
+    saved = xr.load_datatree(fresh.path / "all.nc", engine="h5netcdf")
+    assert saved["induction"].ds.weights_hash.values.tolist() == found
+    first, last = (fresh.checkpoint(step) / "model.safetensors" for step in (0, -1))
+    last.write_bytes(first.read_bytes())
+    again = mh.sweep(fresh, INDUCTION)["induction"].ds.weights_hash.values.tolist()
+    assert again == [*found[:-1], found[0]]
 
 
 def test_a_truncated_result_is_measured_again(fresh):
@@ -97,6 +112,7 @@ def test_a_killed_sweep_goes_on_to_the_same_results(run, fresh):
         import os, signal
         import mechhier as mh
         from mechhier import results, sweeps
+from mechhier.models.loading import measured_weights
         measure, done = sweeps.PHENOMENA["induction"], []
         def killed_in_the_second(*args, **kwargs):
             if done:

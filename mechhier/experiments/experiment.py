@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from mechhier import results
-from mechhier.grammars import AnyGrammar
+from mechhier.grammars import AnyGrammar, Corpus, Grammar
+from mechhier.grammars.families import FAMILIES, expand_family
 from mechhier.models import ModelSpec, TrainSpec
 from mechhier.specs import read_spec
 
@@ -34,6 +35,19 @@ class Arm(BaseModel):
     """The language; its `context` is the length of a row."""
     train: TrainSpec
     """How long and how to train; `steps` is required, `seed` is the experiment's."""
+    _family: dict[str, Any] | None = PrivateAttr(None)
+    """The description of a grammar that a family draws from a seed of its own; `grammar` has only the rules."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_family(cls, fields: Any, validate: Callable[[Any], Arm]) -> Arm:
+        arm = validate(fields)
+        described = fields.get("grammar") if isinstance(fields, Mapping) else None
+        if isinstance(described, Mapping) and described.get("kind") in FAMILIES:
+            family = FAMILIES[str(described["kind"])]
+            if "seed" in inspect.signature(family).parameters:
+                arm._family = {str(option): value for option, value in described.items()}
+        return arm
 
     @model_validator(mode="after")
     def _check_steps(self) -> Arm:
@@ -44,17 +58,36 @@ class Arm(BaseModel):
         return self
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens of text for one pass: nothing is read twice."""
-        assert self.train.steps is not None
-        return self.train.steps * self.train.batch_size * self.grammar.default_context
+    def language_seed(self) -> int | None:
+        """The seed that the language is drawn from; None where nothing is (given rules, or nothing but fresh lexicons)."""
+        if self._family is not None:
+            return self._family.get("seed", 0)
+        return self.grammar.language_seed if self.grammar.is_drawn else None
+
+    def language(self, language_seed: int | None) -> Grammar:
+        """The arm's language as it is drawn from another seed; as given if None."""
+        if language_seed is None:
+            return self.grammar
+        if self._family is not None:
+            return expand_family(self._family | {"seed": language_seed})
+        return self.grammar.model_copy(update={"language_seed": language_seed})
 
 
 class Training(NamedTuple):
     """One training of an experiment."""
 
+    arm_name: str
     arm: Arm
     seed: int
+    """Of the text and of the weights."""
+    language_seed: int | None
+    """Of what the language draws once; None where it draws nothing."""
+
+    def corpus(self) -> Corpus:
+        """The text of one pass: nothing is read twice."""
+        language, train = self.arm.language(self.language_seed), self.arm.train
+        assert train.steps is not None
+        return language.corpus(train.steps * train.batch_size * language.default_context, seed=self.seed)
 
 
 class Experiment(BaseModel):
@@ -72,6 +105,10 @@ class Experiment(BaseModel):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0,)
     """Every arm is trained once with each: the seed of its text and of its weights. The first is that of the
     measurements, too."""
+    vary_language: bool = True
+    """Whether a seed also draws the language anew (its lexicons, its table of n-grams, a family's rules), so that what is
+    found over seeds is not found of one table: a training's `language_seed` is its arm's plus its seed. False: one language
+    for all seeds."""
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     """Arms by short name, which is also their folder."""
     model: ModelSpec
@@ -121,10 +158,15 @@ class Experiment(BaseModel):
         """Every arm with every seed, by name: the arm's, or with several seeds `<arm>_seed<seed>`."""
         several = len(self.seeds) > 1
         return {
-            f"{name}_seed{seed}" if several else name: Training(arm, seed)
+            f"{name}_seed{seed}" if several else name: Training(name, arm, seed, self._language_seed(arm, seed))
             for name, arm in self.arms.items()
             for seed in self.seeds
         }
+
+    def _language_seed(self, arm: Arm, seed: int) -> int | None:
+        if arm.language_seed is None:
+            return None
+        return arm.language_seed + (seed if self.vary_language else 0)
 
     def train(self, out: str | Path, *, only: str | None = None, report_to: Sequence[str] = ()) -> dict[str, Run]:
         """Train every arm with every seed, each in the folder `<out>/<name>/run`; go on where it stopped.
@@ -144,12 +186,16 @@ class Experiment(BaseModel):
         if only is not None and only not in self.trainings:
             raise ValueError(f"no training {only!r}: choose from {', '.join(self.trainings)}")
         runs = {}
-        for name, (arm, seed) in self.trainings.items():
+        for name, training in self.trainings.items():
             if only in (None, name):
-                corpus = arm.grammar.corpus(arm.n_tokens, seed=seed)
-                settings = arm.train.model_copy(update={"seed": seed})
-                folder = Path(out) / name / "run"
-                runs[name] = train(self.model, corpus, folder, train=settings, report_to=report_to)
+                runs[name] = train(
+                    self.model,
+                    training.corpus(),
+                    Path(out) / name / "run",
+                    train=training.arm.train.model_copy(update={"seed": training.seed}),
+                    report_to=report_to,
+                    arm=training.arm_name,
+                )
         return runs
 
     def run(self, out: str | Path) -> Path:

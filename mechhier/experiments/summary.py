@@ -80,15 +80,18 @@ def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[
         [
             {
                 "arm": name,
-                "language": arm.title,
-                "seed": seed,
-                "vocabulary": arm.grammar.vocab_size,
+                "language": training.arm.title,
+                "seed": training.seed,
+                "language drawn from seed": "(nothing is drawn)"
+                if training.language_seed is None
+                else training.language_seed,
+                "vocabulary": runs[name].grammar.vocab_size,
                 "context": runs[name].corpus.context,
                 "training tokens": runs[name].corpus.n_tokens,
                 "floor (nats)": float(floors[name].floor_mean),
                 "without inference in context (nats)": without_inference(floors[name]),
             }
-            for name, (arm, seed) in experiment.trainings.items()
+            for name, training in experiment.trainings.items()
         ]
     )
     described = "\n\n".join(f"{name}: {arm.about}" for name, arm in experiment.arms.items())

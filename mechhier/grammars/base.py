@@ -115,6 +115,11 @@ class Grammar(BaseModel, ABC):
         """Return a validated copy with some fields changed; nothing cached for the old fields goes with it."""
         return type(self).model_validate(self.model_dump() | dict(update or {}))
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether something of the language is drawn once, so that another ``language_seed`` is another language."""
+        return False
+
     # -- tokens ------------------------------------------------------------------------------------------------------
 
     @cached_property

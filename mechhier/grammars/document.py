@@ -258,6 +258,11 @@ class DocumentGrammar(Grammar):
 
     # -- lexicons ----------------------------------------------------------------------------------------------------
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the language has lexicons of its own; with fresh ones for every document it has none."""
+        return self.lexicon != "per_document"
+
     @cached_property
     def lexicons(self) -> Int[np.ndarray, "lexicon category rank"]:
         """Token id of every rank in every lexicon of the language, ``[K, 3, largest category]``.

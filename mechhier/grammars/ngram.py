@@ -129,6 +129,11 @@ class NGram(Grammar):
 
     # -- the language ------------------------------------------------------------------------------------------------
 
+    @property
+    def is_drawn(self) -> bool:
+        """Always: the transition table is drawn."""
+        return True
+
     @cached_property
     def order_probabilities(self) -> Float[np.ndarray, " order"]:
         """Probability of every entry of ``orders``."""

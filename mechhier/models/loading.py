@@ -39,6 +39,7 @@ from mechhier.models.errors import (
     WrongDtypeError,
 )
 from mechhier.models.hooked import VERIFICATION
+from mechhier.models.identity import parameters_hash, state_hash
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.revision import (
     cached_hub_revisions,
@@ -84,13 +85,18 @@ class ModelInfo:
     """What is known about where a hooked model comes from."""
 
     name: str
-    """The run's name, the folder's name (of a folder of revisions: the outer one's), the hub name or the model's own."""
+    """Of a training of an experiment its arm and seed; else the name of the run's folder (of `<name>/run` the outer one's)
+    or of the folder (of a folder of revisions the outer one's), the hub name, or the model's own."""
     architecture: str
     """Hugging Face's `model_type`: llama, gpt2, gpt_neox, olmo, ..."""
     step: int | None = None
     """Training step, where the source says it (a run's checkpoint, a revision such as `step1000-tokens4B`)."""
     revision: str | None = None
     """The revision that was asked for."""
+    arm: str | None = None
+    """The arm of the experiment that trained the model."""
+    seed: int | None = None
+    """The seed of the model's training, for a checkpoint of one of our runs."""
     grammar: Grammar | None = None
     """The grammar that the model was trained on, for a checkpoint of one of our runs."""
     processing: str = "none"
@@ -98,6 +104,11 @@ class ModelInfo:
     `unknown` for a `HookedTransformer` that someone else built."""
     verification: str = field(default="not verified", compare=False)
     """What was seen of the model when it was loaded (`mechhier.models.verification`)."""
+    weights_hash: str | None = None
+    """Hash of the weights as they were loaded (`mechhier.models.identity.state_hash`): the same for both classes, and
+    whether folded or not. None for a hooked model that someone else built."""
+    parameters_hash: str | None = None
+    """Hash of the hooked model's own parameters at that time, by which a later change is noticed."""
 
 
 @in_default_torch_state
@@ -163,8 +174,9 @@ def load_model(
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
 
-    Cost: passes over some tokens (see `mechhier.models.verification.verify`), about as long as two passes of a
-    hundred tokens in all. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
+    Cost: the weights are read twice more, for their hash, and passes over some tokens (see
+    `mechhier.models.verification.verify`), about as long as two passes of a hundred tokens in all. Memory: the weights in
+    the wanted dtype and about a tenth more while they are read, for both
     classes; a `HookedTransformer` with rotary positions also has its tables, 2 x n_layers x n_ctx x d_head numbers,
     which count only where the context is long for the width. On the CPU, in the dtype of the files, weights stay in
     the files' pages until they are changed: the files must not be overwritten in place while the model is in use. A
@@ -205,6 +217,20 @@ def model_info(model: torch.nn.Module) -> ModelInfo | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
+def measured_weights(model: HookedModel) -> tuple[str, str]:
+    """Hash of a hooked model's weights as they are now, and what it is of.
+
+    The second is `as loaded`, `changed since loading`, or `not loaded by load_model`. As loaded, the hash is
+    `ModelInfo.weights_hash`; else that of the model's own parameters, which differs between the classes.
+
+    Cost: reads the weights once (see `mechhier.models.identity.parameters_hash`).
+    """
+    info, now = model_info(model), parameters_hash(model)
+    if info is None or info.weights_hash is None:
+        return now, "not loaded by load_model"
+    return (info.weights_hash, "as loaded") if now == info.parameters_hash else (now, "changed since loading")
+
+
 def weight_processing(model: HookedModel) -> str:
     """What has been done to a hooked model's weights, in `ModelInfo.processing`'s words, read off it as it is now.
 
@@ -237,6 +263,8 @@ def _attach(model: HookedModel, info: ModelInfo) -> HookedModel:
     info = replace(info, verification=str(model.__dict__[VERIFICATION]))
     # Both classes route setattr through nn.Module or their own aliases; the instance dictionary is common, and is
     # copied by deepcopy.
+    if info.weights_hash is not None:
+        info = replace(info, parameters_hash=parameters_hash(model))
     model.__dict__[_ATTRIBUTE] = info
     return model
 
@@ -285,8 +313,14 @@ def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
     run = _run_of(path)
     if run is not None:
         home, manifest = run
-        grammar = Corpus.from_description(manifest.corpus).grammar
-        info = replace(info, name=home.name, step=int(info.name.removeprefix("step-")), grammar=grammar)
+        info = replace(
+            info,
+            name=manifest.name(home),
+            step=int(info.name.removeprefix("step-")),
+            grammar=Corpus.from_description(manifest.corpus).grammar,
+            arm=manifest.arm,
+            seed=manifest.train.seed,
+        )
     return files, info
 
 
@@ -400,6 +434,7 @@ def _from_files(
         check_weights(files, config, headers)
         model = _read_weights(files, config, dtype=dtype, device=device)
         model.config.name_or_path = info.name
+        info = replace(info, weights_hash=state_hash(model))
         tokenizer = _read_tokenizer(files)
         hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing, verify=verify)
     return _attach(hooked, replace(info, architecture=config.model_type, processing=processing))
@@ -531,7 +566,8 @@ def _from_memory(
         # The bridge changes the model it wraps, and HookedTransformer shares its weights.
         model = own_copy(source, device=device or source.device, dtype=dtype or source.dtype)
         name = source.config.name_or_path or type(source).__name__
-        info = ModelInfo(name=name, architecture=source.config.model_type, processing=processing)
+        architecture, weights = source.config.model_type, state_hash(model)
+        info = ModelInfo(name=name, architecture=architecture, processing=processing, weights_hash=weights)
         return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing, verify=verify), info)
     kind = _hooked_kind(source)
     if kind is None:

@@ -66,6 +66,8 @@ class Manifest(BaseModel):
     device: str
     """Device and precision of the training; the same run on another one agrees only to rounding."""
     versions: dict[str, str]
+    arm: str | None = None
+    """The arm of an experiment that was trained; None for a training of its own."""
     finished: bool = False
     weights_sha256: dict[int, str] = {}
     """Hash of each checkpoint's weights, once training has finished."""
@@ -74,6 +76,13 @@ class Manifest(BaseModel):
     def checkpoint_steps(self) -> list[int]:
         """The steps at which a checkpoint is kept, ascending."""
         return sorted({*checkpoint_steps(self.steps, self.train.n_checkpoints), *self.train.checkpoints_at})
+
+    def name(self, run: Path) -> str:
+        """What results call the training: arm and seed, or the folder's name (of `<name>/run` the outer one's)."""
+        if self.arm is not None:
+            return f"{self.arm}_seed{self.train.seed}"
+        path = run.resolve()
+        return path.parent.name if path.name == "run" and path.parent.name else path.name
 
     @classmethod
     def read(cls, run: Path) -> Manifest:

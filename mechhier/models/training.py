@@ -92,6 +92,7 @@ def train(
     *,
     train: TrainSpec | None = None,
     report_to: Sequence[str] = (),
+    arm: str | None = None,
 ) -> Run:
     """Train a model on a corpus, or go on with a training that was interrupted, or return one that has finished.
 
@@ -113,6 +114,7 @@ def train(
         out: Folder of the run; made if absent, and gone on with if it holds the same training.
         train: How to train; the defaults of `TrainSpec` if None.
         report_to: Where else to log, by `transformers`' names: `"tensorboard"` (in `out/tensorboard`), `"wandb"`, ...
+        arm: The arm of the experiment that this is a training of, for the manifest and every result.
 
     Returns:
         The finished run.
@@ -129,7 +131,7 @@ def train(
     rows once. Disk: the weights at each checkpoint, and three times the weights until the end, for resuming.
     """
     with default_torch_state(), only_processes_and_devices():
-        return _train(_plan(spec, corpus, train or TrainSpec()), corpus, Path(out), report_to)
+        return _train(_plan(spec, corpus, train or TrainSpec(), arm), corpus, Path(out), report_to)
 
 
 def _train(manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[str]) -> Run:
@@ -152,7 +154,7 @@ def _train(manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[st
     return Run.open(out)
 
 
-def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
+def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec, arm: str | None = None) -> Manifest:
     """Everything that is decided before the first step; refuses what cannot work."""
     if spec.n_ctx is not None and spec.n_ctx < corpus.context:
         raise ValueError(f"the corpus's rows of {corpus.context} tokens do not fit the model's n_ctx={spec.n_ctx}")
@@ -182,6 +184,7 @@ def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
         steps=steps,
         device=f"{n_processes} x {device.type}, {precision}{compiled}",
         versions=package_versions(),
+        arm=arm,
     )
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from mechhier.models.hooked import Hooked
-from mechhier.models.loading import bos_token_id, model_info, weight_processing
+from mechhier.models.loading import bos_token_id, measured_weights, model_info, weight_processing
 from mechhier.results import INTERVAL, netcdf_safe, versions
 
 
 def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str, **settings: Any) -> dict[str, Any]:
-    """Attributes of a result: what was measured, by whose definition, on which model, with which settings."""
+    """Attributes of a result: what was measured, by whose definition, on which model, with which settings.
+
+    Cost: reads the weights once, for their hash.
+    """
     info = model_info(hooked.model)
+    weights_hash, weights = measured_weights(hooked.model)
     described = (
         {}
         if info is None
         else {
             "model": info.name,
+            "arm": info.arm,
+            "training_seed": info.seed,
             "architecture": info.architecture,
             "checkpoint_step": info.step,
             "revision": info.revision,
@@ -29,6 +35,8 @@ def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str,
             "source": source,
             "model": getattr(hooked.cfg, "model_name", "unknown"),
             **described,
+            "weights_hash": weights_hash,
+            "weights": weights,
             "processing": weight_processing(hooked.model),
             "verification": str(hooked.verification),
             "bos": _bos(hooked),

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from typing import get_args
 
+import numpy as np
 import pytest
 import xarray as xr
 import yaml
@@ -13,6 +15,8 @@ from typer.testing import CliRunner
 
 from mechhier.cli import app
 from mechhier.experiments import Experiment
+from mechhier.grammars import AnyGrammar, FittedNGram, cfg3, random_hierarchy
+from mechhier.grammars.families import FAMILIES
 from mechhier.models import Run
 from mechhier.specs import SpecError
 
@@ -127,14 +131,83 @@ def test_several_seeds_are_trained_apart_and_stand_side_by_side_in_the_report(tm
         assert (run.train_spec.seed, run.corpus.seed) == (seed, seed)
     assert runs[3].manifest.weights_sha256[0] != runs[5].manifest.weights_sha256[0]
     assert runs[3].manifest.text_sha256 != runs[5].manifest.text_sha256
+    assert [run.grammar.language_seed for run in runs.values()] == [3, 5]
     assert "ngram_seed5" in (out / "report.html").read_text()
+    result = xr.open_datatree(out / "results.nc", engine="h5netcdf")["pool_seed5/induction"].ds
+    assert (result.attrs["model"], result.attrs["arm"], result.attrs["training_seed"]) == ("pool_seed5", "pool", 5)
+    assert len(set(result.weights_hash.values)) == result.sizes["step"]
 
 
 def test_packaged_demo_is_valid_and_reads_nothing_twice():
     demo = Experiment.read("demo")
     assert list(demo.arms) == ["pool", "per_document", "fixed", "ngram"]
-    for arm in demo.arms.values():
-        assert arm.n_tokens == arm.train.steps * arm.train.batch_size * arm.grammar.context
+    for arm, training in demo.trainings.items():
+        corpus = demo.trainings[arm].corpus()
+        assert corpus.grammar == demo.arms[arm].grammar  # the language as it is written
+        assert corpus.n_tokens == training.arm.train.steps * training.arm.train.batch_size * corpus.grammar.context
+
+
+LANGUAGES = {
+    "fixed": {"kind": "document", "n_words": 9, "n_connectors": 2, "lexicon": "fixed", "context": 40},
+    "pool": {"kind": "document", "n_words": 9, "n_connectors": 2, "lexicon": 4, "context": 40, "language_seed": 7},
+    "ngram": {"kind": "ngram", "n_tokens": 40, "context": 40},
+    "cfg3": {"kind": "cfg3", "n_levels": 3, "seed": 4},
+    "random_hierarchy": {"kind": "random_hierarchy", "context": 64},
+}
+NOTHING_DRAWN = {
+    "per_document": {"kind": "document", "n_words": 9, "n_connectors": 2, "lexicon": "per_document", "context": 40},
+    "dyck": {"kind": "dyck", "context": 40},
+    "pcfg": {"kind": "pcfg", "start": "S", "terminals": ["a"], "rules": [["S", ["a"], 1.0]]},
+}
+
+
+def experiment_of(languages, **fields):
+    arms = {name: {**ARM, "grammar": grammar} for name, grammar in languages.items()}
+    return Experiment.model_validate({**TINY, "arms": arms, **fields})
+
+
+def law(grammar, arm):
+    """What a language says of the next token, on text of the arm's language as it is written."""
+    written = experiment_of(LANGUAGES | NOTHING_DRAWN).arms[arm].grammar
+    return grammar.next_token_probabilities(written.corpus(80, context=40).rows(0, 2))
+
+
+@pytest.mark.parametrize("arm", LANGUAGES)
+def test_every_seed_draws_the_language_anew_and_seed_0_is_the_language_as_written(arm):
+    experiment = experiment_of(LANGUAGES, seeds=[0, 1, 2])
+    written = experiment.arms[arm].grammar
+    languages = [experiment.trainings[f"{arm}_seed{seed}"].corpus().grammar for seed in (0, 1, 2)]
+    assert languages[0] == written
+    if not arm.startswith("random") and arm != "cfg3":
+        assert languages[2] == written.model_copy(update={"language_seed": written.language_seed + 2})
+        assert not np.allclose(law(languages[1], arm), law(languages[0], arm))
+        assert not np.allclose(law(languages[1], arm), law(languages[2], arm))
+    else:
+        family = {"cfg3": cfg3, "random_hierarchy": random_hierarchy}[arm]
+        options = {name: value for name, value in LANGUAGES[arm].items() if name != "kind"}
+        assert languages[2] == family(**options | {"seed": options.get("seed", 0) + 2})
+        assert len({language.rules for language in languages}) == 3
+    shared = experiment_of(LANGUAGES, seeds=[0, 1, 2], vary_language=False)
+    assert all(shared.trainings[f"{arm}_seed{seed}"].corpus().grammar == written for seed in (0, 1, 2))
+
+
+@pytest.mark.parametrize("arm", NOTHING_DRAWN)
+def test_a_language_that_draws_nothing_is_the_same_for_all_seeds(arm):
+    experiment = experiment_of(NOTHING_DRAWN, seeds=[0, 1])
+    trainings = [experiment.trainings[f"{arm}_seed{seed}"] for seed in (0, 1)]
+    assert [training.language_seed for training in trainings] == [None, None]
+    assert [training.corpus().seed for training in trainings] == [0, 1]
+    assert {training.corpus().grammar == experiment.arms[arm].grammar for training in trainings} == {True}
+    if arm == "per_document":
+        other = experiment.arms[arm].grammar.model_copy(update={"language_seed": 1})
+        np.testing.assert_array_equal(law(other, arm), law(experiment.arms[arm].grammar, arm))
+
+
+def test_every_kind_of_grammar_and_every_family_is_among_those():
+    kinds = {grammar["kind"] for grammar in (*LANGUAGES.values(), *NOTHING_DRAWN.values())}
+    every = {cls.model_fields["kind"].default for cls in get_args(get_args(AnyGrammar)[0])} | set(FAMILIES)
+    assert kinds == every - {"fitted_ngram"}  # a table that was counted: there is nothing to draw
+    assert not FittedNGram.is_drawn.fget(None)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +248,7 @@ def test_missing_files_and_other_text_are_refused(tmp_path):
     with pytest.raises(SpecError, match="is not YAML"):
         Experiment.read(path)
     path.write_text("- 1")
-    with pytest.raises(SpecError, match="must hold the fields title, seeds, arms"):
+    with pytest.raises(SpecError, match="must hold the fields title, seeds, vary_language, arms"):
         Experiment.read(path)
 
 

@@ -83,7 +83,8 @@ def test_loaded_checkpoints_equal_the_saved_weights_and_carry_the_grammar(plan, 
         hooked = reference.load(step)
         torch.testing.assert_close(hooked(tokens), expected, atol=1e-4, rtol=0)
     info = model_info(hooked)
-    assert (info.name, info.step, info.grammar) == ("run", 12 if step else 0, plan.corpus.grammar)
+    assert (info.name, info.step, info.seed) == (reference.path.parent.name, 12 if step else 0, 0)
+    assert info.grammar == plan.corpus.grammar
 
 
 def test_what_is_no_finished_run_is_refused(reference, tmp_path):
