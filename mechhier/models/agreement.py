@@ -168,29 +168,38 @@ def check_weights(files: ModelFiles, config: PreTrainedConfig, headers: dict[str
             raise quantized_weights(files, [*quantized[:3], f"dtypes {', '.join(dtypes)}"])
     if not (compared.shapes or compared.missing or compared.unexpected):
         return
-    facts, error, remedy = [], UnexpectedWeightsError, ""
-    if compared.unexpected:
-        facts.append(f"the files hold weights that the config does not ask for: {_listed(compared.unexpected)}")
-        remedy = (
-            "take config.json and weights from the same place and revision. If those weights are no part of the "
-            "model, write it once without them, with\n"
-            f"  AutoModelForCausalLM.from_pretrained({files.original}).save_pretrained(FOLDER)\n"
-            "and load FOLDER"
-        )
-    if compared.missing:
-        facts.append(f"it has no weights for {_listed(compared.missing)}")
-        # A part that was not copied is to be copied; other names are another model.
-        error, remedy = IncompleteWeightsError, remedy if compared.unexpected else files.repair
+    facts = []
     if compared.shapes:
         shown = [
-            f"{name} is {list(stored)} in the files and {list(asked)} by the config"
+            f"{name} is {stored} in the files and {asked} by the config"
             for name, (stored, asked) in sorted(compared.shapes.items())
         ]
         facts.append(f"shapes differ: {shortened(shown)}")
-        error, remedy = WeightShapeError, "take config.json and weights from the same place and revision"
+    if compared.missing:
+        facts.append(f"it has no weights for {_listed(compared.missing)}")
+    if compared.unexpected:
+        facts.append(f"the files hold weights that the config does not ask for: {_listed(compared.unexpected)}")
+    error, remedy = _kind(files, compared)
     if unknown := _unknown_settings(files, config):
-        facts.append(f"(config.json has settings that {config.model_type!r} does not know: {shortened(unknown)})")
-    raise error(f"cannot load {files.what}: {'; '.join(reversed(facts))}. What to do: {remedy}")
+        facts.append(
+            f"config.json has settings that {config.model_type!r} in transformers does not: {shortened(unknown)} (if they "
+            "are the sizes, a conversion of the model is wanted; OLMo's are named -hf)"
+        )
+    raise error(f"cannot load {files.what}: {'; '.join(facts)}. What to do: {remedy}")
+
+
+def _kind(files: ModelFiles, compared: _Comparison) -> tuple[type[ModelLoadError], str]:
+    """The error, and what to do."""
+    together = "take config.json and weights from the same place and revision"
+    if compared.shapes:
+        return WeightShapeError, together
+    if compared.missing:
+        # A part that was not copied is to be copied; other names are another model.
+        return IncompleteWeightsError, together if compared.unexpected else files.repair
+    return UnexpectedWeightsError, (
+        f"{together}; or, if those weights are no part of the model, write it once without them, with\n"
+        f"  AutoModelForCausalLM.from_pretrained({files.original}).save_pretrained(FOLDER)\nand load FOLDER"
+    )
 
 
 def _is_plain(dtype: torch.dtype) -> bool:

@@ -95,7 +95,10 @@ def test_a_config_in_the_words_of_another_program_is_not_filled_with_its_default
     with pytest.raises(WeightShapeError) as error:
         load_model(folder)
     assert "model.embed_tokens.weight is [50, 64] in the files and [50, 4096] by the config" in str(error.value)
-    assert "settings that 'olmo' does not know: d_model, max_sequence_length, mlp_hidden_size" in str(error.value)
+    assert "settings that 'olmo' in transformers does not: d_model, max_sequence_length, mlp_hidden_size" in str(
+        error.value
+    )
+    assert "named -hf" in str(error.value)
     assert "it has no weights for ['model.layers.10." in str(error.value)
 
 
