@@ -22,7 +22,8 @@ _active: Progress | None = None
 
 def _first_process() -> bool:
     """Whether this process is alone, or the first of those that a launcher (`accelerate launch`, `torchrun`) started."""
-    return os.environ.get("RANK", "0") == "0"
+    # A rank without a size is not a launcher's: a cluster's script left it.
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _display() -> Progress:

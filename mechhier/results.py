@@ -10,6 +10,7 @@ Conventions, kept by every phenomenon, sweep and figure:
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -18,20 +19,53 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
 from mechhier.files import replacing
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 999
+"""Such that the quantiles of `CONFIDENCE` are resamples themselves."""
+MIN_SAMPLES = 4
+"""With fewer samples an interval is undefined: what spread they have says next to nothing."""
+INTERVAL = (
+    f"95 % studentised bootstrap over {{samples}}, {N_RESAMPLES} resamples, never narrower than Student's t, within the "
+    f"variable's range; undefined (NaN) below {MIN_SAMPLES}"
+)
+"""The words for `mean_interval` in a result's attribute `interval`."""
+_LEAST_SPREAD = 0.5
+"""Of a resample, relative to 1/n of the samples' own. A resample that drew one sample n times has no spread, and its
+Student statistic no bound; with this the statistic stays below 2 n times its numerator, and coverage as it was."""
 _BOOTSTRAP_BYTES = 2**26
+_TAIL = (1 - CONFIDENCE) / 2
+
+UNBOUNDED = (-np.inf, np.inf)
+RANGES = {
+    "attention mass": (0.0, 1.0),
+    "probability": (0.0, 1.0),
+    "accuracy": (0.0, 1.0),
+    "nats": (0.0, np.inf),
+    "nat/token": (0.0, np.inf),
+}
+"""Smallest and largest value that a variable of these units can have; of other units, and of none, any."""
 
 Variables = dict[str, tuple[Sequence[str], np.ndarray, dict[str, str]]]
 
 
 class MeasurementWarning(UserWarning):
     """A result holds NaN where a number could be expected; the message says where and why."""
+
+
+def warn_undefined(reason: str) -> None:
+    """Say that a result holds NaN, and why: a `MeasurementWarning` attributed to the call from outside of the package."""
+    # stacklevel 2 is this function's caller; wanted is the caller of the outermost function of the package.
+    level, depth, frame = 2, 2, sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+            level = depth + 1
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(reason, MeasurementWarning, stacklevel=level)
 
 
 def versions() -> dict[str, str]:
@@ -51,44 +85,249 @@ def mean_interval(
     *,
     seed: int,
     statistic: Callable[[np.ndarray, np.ndarray, int], np.ndarray] = ratio,
+    strata: Int[np.ndarray, " sample"] | None = None,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of unequal samples and its 95 % percentile-bootstrap interval, whole samples resampled.
+    """Mean of unequal samples and its 95 % interval, whole samples resampled.
 
     A sample is one sequence: its positions are not independent, so it is drawn as a whole. The estimate is
-    `sums.sum(0) / counts.sum(0)`.
+    `sums.sum(0) / counts.sum(0)`, and its interval the studentised bootstrap's (Efron 1981): quantiles of (resample's
+    mean - mean) / (resample's standard error), times the standard error, which is that of a ratio to first order. It
+    covers as stated from four samples on, skewed ones too, where percentiles of resampled means do not; but where most
+    samples are alike it can be too narrow, so that it is never narrower than Student's t interval.
+
+    What was laid out (the lengths of random repeats) is not resampled: with `strata` only what differs within a stratum
+    makes the interval wide. The residuals within strata are pooled, and a stratum with one sample is joined with the
+    next.
+
+    Another `statistic` has no standard error of its own. Its interval is symmetric: as wide as the 95 % of resamples that
+    are closest, widened as Student's t is beside the normal.
 
     Args:
         sums: Per sample, the sum of the measured values.
         counts: Per sample, how many values were summed; broadcast against `sums`.
         seed: Seed of the resampling.
         statistic: What is estimated from sums, counts and the axis of the samples, the mean unless given.
+        strata: Which stratum each sample is of, in an order in which neighbours are alike; for means only.
+        bounds: Smallest and largest possible value.
 
     Returns:
         Estimate, lower and upper bound, each of the shape of one sample; NaN where no value was counted. Samples that
-        counted nothing are not resampled. With one sample the bounds are NaN.
+        counted nothing are not resampled. With fewer than `MIN_SAMPLES` samples that count for a value its bounds are
+        NaN.
+
+    Cost: `N_RESAMPLES` x samples x values multiplications, five times; memory 64 MiB.
     """
     sums, counts = np.broadcast_arrays(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
-    estimate = statistic(sums, counts, 0)
-    counted = counts.reshape(len(counts), -1).any(axis=1)
+    estimate = np.asarray(statistic(sums, counts, 0))
+    counted = counts.any(axis=tuple(range(1, counts.ndim)))
     sums, counts = sums[counted], counts[counted]
-    if len(sums) < 2:
+    if len(sums) < MIN_SAMPLES:
         return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
+    if statistic is ratio:
+        of_counted = None if strata is None else np.asarray(strata)[counted]
+        low, high = _studentised(sums.reshape(len(sums), -1), counts.reshape(len(sums), -1), of_counted, seed)
+    else:
+        low, high = _symmetric(sums, counts, statistic, estimate, seed)
+    low, high = (np.clip(bound.reshape(estimate.shape), *bounds) for bound in (low, high))
+    return estimate, low, high
+
+
+def proportion_interval(
+    right: Float[np.ndarray, "sample ..."], counts: Float[np.ndarray, "sample ..."]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Proportion of outcomes that are 1 and its 95 % Wilson interval, for outcomes that are alike within a sample.
+
+    Wilson's interval covers also near 0 and 1 and with few outcomes, where the bootstrap of samples that are all alike has
+    no width. Outcomes of one sample (prompts that ask the same query) are not independent, so that the number of outcomes
+    is the effective one: the outcomes over the design effect, which is the samples' variance over the binomial one,
+    widened as Student's t is beside the normal, because it is estimated (Korn & Graubard 1998). It is no more than the
+    outcomes and no less than the samples, which is what it is where all outcomes are alike.
+
+    Args:
+        right: Per sample, how many outcomes are 1.
+        counts: Per sample, how many outcomes there are.
+
+    Returns:
+        As `mean_interval`.
+    """
+    right, counts = np.broadcast_arrays(np.asarray(right, np.float64), np.asarray(counts, np.float64))
+    total, n = counts.sum(0), (counts > 0).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = right.sum(0) / total
+        variance = ((right - share * counts) ** 2).sum(0) / total**2 * n / (n - 1)
+        least = total**2 / (counts**2).sum(0)
+        z = stats.norm.ppf(1 - _TAIL)
+        effective = share * (1 - share) / variance * (z / stats.t.ppf(1 - _TAIL, n - 1)) ** 2
+        effective = np.clip(np.where(np.isnan(effective), least, effective), least, total)
+        centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
+        half = z / (1 + z**2 / effective) * np.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
+    low, high = (np.where(n >= MIN_SAMPLES, np.clip(bound, 0, 1), np.nan) for bound in (centre - half, centre + half))
+    return share, low, high
+
+
+def correlation_interval(
+    one: Float[np.ndarray, "sample cell"], other: Float[np.ndarray, "sample cell"], *, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pearson's correlation over cells of two quantities' means over samples, and its 95 % interval.
+
+    The studentised bootstrap of `mean_interval` on Fisher's scale (the inverse hyperbolic tangent of the correlation), so
+    that it stays in [-1, 1]; whole samples are resampled, the cells are fixed. The standard error is that of the
+    correlation to first order in the means.
+
+    Returns:
+        As `mean_interval`; NaN where a quantity is the same in all cells.
+    """
+    n = len(one)
+    value, error = (each[0] for each in _correlation(one, other, np.ones((1, n))))
+    if n < MIN_SAMPLES or not np.isfinite(value):
+        return np.asarray(value), np.asarray(np.nan), np.asarray(np.nan)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=N_RESAMPLES).astype(np.float64)
+    size = max(1, _BOOTSTRAP_BYTES // (8 * 6 * max(one.shape)))
+    parts = [_correlation(one, other, drawn[start : start + size]) for start in range(0, len(drawn), size)]
+    resampled, errors = (np.concatenate(each) for each in zip(*parts, strict=True))
+    fisher, fisher_error = _fisher(value), error / (1 - _correctable(value) ** 2)
+    spread = np.hypot(errors / (1 - _correctable(resampled) ** 2), _LEAST_SPREAD / n * fisher_error)
+    freedom = np.array([n - 1.0])
+    lower, upper = _students((_fisher(resampled) - fisher)[:, None], spread[:, None], freedom, freedom)
+    low, high = (np.tanh(fisher - students[0] * fisher_error) for students in (upper, lower))
+    return np.asarray(value), np.minimum(low, value), np.maximum(high, value)
+
+
+def _correlation(
+    one: Float[np.ndarray, "sample cell"],
+    other: Float[np.ndarray, "sample cell"],
+    weights: Float[np.ndarray, "draw sample"],
+) -> tuple[Float[np.ndarray, " draw"], Float[np.ndarray, " draw"]]:
+    """The correlation over cells of weighted sums over samples, and its standard error to first order."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a, b = (weights @ each for each in (one, other))
+        a, b = (each - each.mean(1, keepdims=True) for each in (a, b))
+        size_a, size_b = (np.linalg.norm(each, axis=1, keepdims=True) for each in (a, b))
+        a, b = a / size_a, b / size_b
+        value = (a * b).sum(1).clip(-1, 1)
+        # The correlation's gradient with respect to either sum, times what a sample adds to it.
+        influence = (b - value[:, None] * a) / size_a @ one.T + (a - value[:, None] * b) / size_b @ other.T
+    n = len(one)
+    return value, np.sqrt((weights * influence**2).sum(1) * n / (n - 1))
+
+
+def _correctable(correlation: np.ndarray) -> np.ndarray:
+    """A correlation away from 1, where Fisher's scale ends, by more than rounding."""
+    return np.clip(correlation, -1 + 1e-12, 1 - 1e-12)
+
+
+def _fisher(correlation: np.ndarray) -> np.ndarray:
+    return np.arctanh(_correctable(correlation))
+
+
+def _studentised(
+    sums: Float[np.ndarray, "sample value"],
+    counts: Float[np.ndarray, "sample value"],
+    strata: Int[np.ndarray, " sample"] | None,
+    seed: int,
+) -> tuple[Float[np.ndarray, " value"], Float[np.ndarray, " value"]]:
+    n = len(sums)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=N_RESAMPLES).astype(np.float64)
+    groups = None if strata is None else _joined(strata)
+    size = max(1, _BOOTSTRAP_BYTES // (8 * 6 * N_RESAMPLES))
+    parts = [
+        _studentised_part(sums[:, start : start + size], counts[:, start : start + size], groups, drawn)
+        for start in range(0, sums.shape[1], size)
+    ]
+    low, high = (np.concatenate(bounds) for bounds in zip(*parts, strict=True)) if parts else (np.empty(0),) * 2
+    return low, high
+
+
+@np.errstate(invalid="ignore", divide="ignore")
+def _studentised_part(
+    sums: Float[np.ndarray, "sample value"],
+    counts: Float[np.ndarray, "sample value"],
+    strata: Int[np.ndarray, " sample"] | None,
+    drawn: Float[np.ndarray, "resample sample"],
+) -> tuple[Float[np.ndarray, " value"], Float[np.ndarray, " value"]]:
+    n, n_counting = len(sums), ((counts != 0) | (sums != 0)).sum(0)
+    total = counts.sum(0)
+    estimate = sums.sum(0) / total
+    residuals = sums - estimate * counts
+    freedom = n_counting - 1.0
+    if strata is not None:
+        sizes = np.bincount(strata)
+        within = (strata == np.arange(len(sizes))[:, None]).astype(np.float64) @ residuals / sizes[:, None]
+        residuals = (residuals - within[strata]) * np.sqrt((1 - 1 / n) * sizes / (sizes - 1))[strata, None]
+        # To first order the sizes of the samples matter through the residuals alone, and the strata's are laid out.
+        counts = np.broadcast_to(total / n, residuals.shape)
+        freedom = freedom - (len(sizes) - 1)
+    squares, products = residuals**2, residuals * counts
+    error = np.sqrt(squares.sum(0) * n / (n - 1)) / np.abs(total)
+    resampled_total = drawn @ counts
+    shift = drawn @ residuals / resampled_total
+    # Of the residuals about the resample's own mean.
+    resampled = drawn @ squares - 2 * shift * (drawn @ products) + shift**2 * (drawn @ counts**2)
+    spread = np.sqrt(np.maximum(resampled, 0) * n / (n - 1) / resampled_total**2 + (_LEAST_SPREAD / n * error) ** 2)
+    # The resamples have the freedom of n samples, within strata there is less.
+    lower, upper = _students(shift, spread, freedom, n_counting - 1.0)
+    defined = (n_counting >= MIN_SAMPLES) & (freedom >= 1)
+    low, high = (np.where(defined, estimate - students * error, np.nan) for students in (upper, lower))
+    return low, high
+
+
+@np.errstate(invalid="ignore", divide="ignore")
+def _students(
+    shift: Float[np.ndarray, "resample value"],
+    error: Float[np.ndarray, "resample value"],
+    freedom: Float[np.ndarray, " value"],
+    resampled_freedom: Float[np.ndarray, " value"],
+) -> tuple[Float[np.ndarray, " value"], Float[np.ndarray, " value"]]:
+    """Lower and upper quantile of the Student statistics of the resamples, at least as far from 0 as Student's own."""
+    # Without any spread nothing is shifted but by rounding; undefined resamples are sorted to the end.
+    statistics = np.sort(np.where(error == 0, 0.0, shift / error), axis=0)
+    places = (np.isfinite(statistics).sum(0) + 1) * np.array([[_TAIL], [1 - _TAIL]])
+    places = np.clip(np.rint(places).astype(int) - 1, 0, len(statistics) - 1)
+    lower, upper = np.take_along_axis(statistics, places, axis=0)
+    students, resampled = (stats.t.ppf(1 - _TAIL, np.maximum(each, 1)) for each in (freedom, resampled_freedom))
+    return np.minimum(lower * students / resampled, -students), np.maximum(upper * students / resampled, students)
+
+
+def _joined(strata: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
+    """Strata numbered from 0, those of one sample joined with the next, the last with the one before."""
+    labels = np.unique(strata, return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(labels)
+    joined, group, filled = np.zeros(len(sizes), dtype=int), 0, 0
+    for label, size in enumerate(sizes):
+        joined[label], filled = group, filled + size
+        if filled > 1 and sizes[label + 1 :].sum() > 1:
+            group, filled = group + 1, 0
+    return joined[labels]
+
+
+def _symmetric(
+    sums: np.ndarray,
+    counts: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    estimate: np.ndarray,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    n = len(sums)
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         # Samples that are all alike have an interval of no width; scipy gives it, with a warning.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        interval = stats.bootstrap(
+        resampled = stats.bootstrap(
             (sums, counts),
             statistic,
             paired=True,
             axis=0,
             vectorized=True,
             method="percentile",
-            confidence_level=CONFIDENCE,
             n_resamples=N_RESAMPLES,
             batch=max(1, _BOOTSTRAP_BYTES // (8 * max(1, sums.size))),
             rng=np.random.default_rng(seed),
-        ).confidence_interval
-    return estimate, interval.low, interval.high
+        ).bootstrap_distribution
+    away = np.sort(np.abs(resampled - estimate[..., None]), axis=-1)
+    place = np.maximum(np.ceil(CONFIDENCE * np.isfinite(away).sum(-1)).astype(int) - 1, 0)
+    half = np.take_along_axis(away, place[..., None], axis=-1)[..., 0]
+    half = half * stats.t.ppf(1 - _TAIL, n - 1) / stats.norm.ppf(1 - _TAIL) * (n / (n - 1)) ** 0.5
+    return estimate - half, estimate + half
 
 
 def scored(
@@ -100,12 +339,53 @@ def scored(
     long_name: str,
     units: str,
     seed: int,
+    strata: Int[np.ndarray, " sample"] | None = None,
+    change: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> Variables:
-    """The variables `name`, `name_low`, `name_high` of a mean over samples (see `mean_interval`)."""
-    values = mean_interval(sums, counts, seed=seed)
+    """The variables `name`, `name_low`, `name_high` of a mean over samples (see `mean_interval`).
+
+    The units say which range the bounds stay in (`RANGES`).
+
+    Args:
+        name: Of the variable.
+        dims: Of one sample.
+        sums: As in `mean_interval`.
+        counts: As in `mean_interval`.
+        long_name: What it is.
+        units: Its units.
+        seed: As in `mean_interval`.
+        strata: As in `mean_interval`.
+        change: Whether the variable is a difference of two values in these units, which has another range.
+        bounds: Its range where that is another (of what is estimated to first order, `UNBOUNDED`).
+    """
+    if bounds is None:
+        low, high = RANGES.get(units, UNBOUNDED)
+        bounds = (low - high, high - low) if change else (low, high)
+    values = mean_interval(sums, counts, seed=seed, strata=strata, bounds=bounds)
+    return with_bounds(name, dims, values, long_name=long_name, units=units)
+
+
+def undefined(variables: Variables) -> tuple[list[str], list[str]]:
+    """Names of the variables with bounds that are NaN somewhere, and of those of which only the bounds are."""
+    names = [name for name in variables if f"{name}_low" in variables]
+    values = [name for name in names if np.isnan(variables[name][1]).any()]
+    bounds = [name for name in names if name not in values and np.isnan(variables[f"{name}_low"][1]).any()]
+    return values, bounds
+
+
+def with_bounds(
+    name: str,
+    dims: Sequence[str],
+    values: Sequence[np.ndarray],
+    *,
+    long_name: str,
+    units: str,
+) -> Variables:
+    """The variables `name`, `name_low`, `name_high` of an estimate and its lower and upper bound."""
     labels = (long_name, f"{long_name}, lower bound (95 %)", f"{long_name}, upper bound (95 %)")
     return {
-        name + suffix: (dims, value, {"long_name": label, "units": units})
+        name + suffix: (dims, np.asarray(value), {"long_name": label, "units": units})
         for suffix, value, label in zip(("", "_low", "_high"), values, labels, strict=True)
     }
 

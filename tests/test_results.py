@@ -1,14 +1,57 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import xarray as xr
 from scipy import stats
 
+import mechhier as mh
 from mechhier import results
 
 
-def test_mean_interval_agrees_with_students_t_on_normal_samples():
+def plain_studentised(sums, counts, seed, strata=None):
+    """`mean_interval` of one value as loops over resamples and samples, from the formulas."""
+    n, total = len(sums), sum(counts)
+    estimate = sum(sums) / total
+    residuals = [s - estimate * c for s, c in zip(sums, counts, strict=True)]
+    freedom = n - 1
+    if strata is not None:
+        members = {stratum: [i for i in range(n) if strata[i] == stratum] for stratum in strata}
+        pooled = list(residuals)
+        for rows in members.values():
+            mean = sum(residuals[i] for i in rows) / len(rows)
+            for i in rows:
+                pooled[i] = (residuals[i] - mean) * math.sqrt(len(rows) / (len(rows) - 1) * (n - 1) / n)
+        residuals, counts, freedom = pooled, [total / n] * n, n - len(members)
+    error = math.sqrt(n / (n - 1) * sum(r * r for r in residuals)) / total
+    statistics = []
+    for drawn in np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=results.N_RESAMPLES):
+        rows = [i for i in range(n) for _ in range(drawn[i])]
+        count = sum(counts[i] for i in rows)
+        shift = sum(residuals[i] for i in rows) / count
+        about = [residuals[i] - shift * counts[i] for i in rows]
+        own = math.sqrt(n / (n - 1) * sum(r * r for r in about)) / count
+        statistics.append(shift / math.hypot(own, error / (2 * n)))
+    statistics.sort()
+    student, of_resamples = stats.t.ppf(0.975, freedom), stats.t.ppf(0.975, n - 1)
+    # 25th from either end of 999: shares of .025 of 1000.
+    upper = max(statistics[974] * student / of_resamples, student)
+    lower = min(statistics[24] * student / of_resamples, -student)
+    return estimate, estimate - upper * error, estimate - lower * error
+
+
+@pytest.mark.parametrize("strata", [None, np.repeat([16, 24, 40], 4)])
+def test_mean_interval_equals_a_plain_loop(strata):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, 12).astype(float)
+    sums = counts * rng.lognormal(size=12)
+    found = results.mean_interval(sums[:, None], counts[:, None], seed=3, strata=strata)
+    np.testing.assert_allclose(np.ravel(found), plain_studentised(sums, counts, 3, strata), rtol=1e-9)
+
+
+def test_quantiles_of_the_studentised_bootstrap_are_those_of_students_t_on_many_normal_samples():
     samples = np.random.default_rng(0).normal(2.0, 1.0, 200)
     mean, low, high = results.mean_interval(samples, np.ones(200), seed=0)
     expected = stats.t.interval(0.95, 199, loc=samples.mean(), scale=stats.sem(samples))
@@ -16,25 +59,154 @@ def test_mean_interval_agrees_with_students_t_on_normal_samples():
     assert (low, high) == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.parametrize("n", [4, 8, 16])
+def test_bounds_are_never_inside_students_interval(n):
+    samples = np.random.default_rng(0).exponential(size=(n, 200)) * (np.random.default_rng(1).random((n, 200)) < 0.5)
+    mean, low, high = results.mean_interval(samples, np.ones((n, 1)), seed=0)
+    half = stats.t.ppf(0.975, n - 1) * samples.std(0, ddof=1) / n**0.5
+    assert (low <= mean - half + 1e-12).all()
+    assert (high >= mean + half - 1e-12).all()
+    # Skewed to the right: the upper bound is further away.
+    assert np.median(high - mean) > 1.2 * np.median(mean - low)
+
+
+def test_strata_leave_out_what_was_laid_out():
+    """An exactly uniform head over repeats of four lengths: sums that differ between lengths alone."""
+    lengths = np.repeat([16.0, 32.0, 48.0, 64.0], 4)
+    masses = np.log(lengths)[:, None] * [1.0, 1e-3]
+    mean, low, high = results.mean_interval(masses, lengths[:, None], seed=0)
+    assert (high - low > 0.1 * mean).all()
+    mean, low, high = results.mean_interval(masses, lengths[:, None], seed=0, strata=lengths.astype(int))
+    np.testing.assert_allclose([low, high], [mean, mean], rtol=1e-12)
+
+
+def test_a_stratum_of_one_sample_is_joined_with_its_neighbour():
+    rng = np.random.default_rng(0)
+    values, ones = rng.normal(size=(6, 1)), np.ones((6, 1))
+    alone = results.mean_interval(values, ones, seed=0, strata=np.array([0, 0, 1, 2, 2, 3]))
+    joined = results.mean_interval(values, ones, seed=0, strata=np.array([0, 0, 1, 1, 1, 1]))
+    np.testing.assert_array_equal(alone, joined)
+    apart = results.mean_interval(values, ones, seed=0, strata=np.arange(6))
+    pairs = results.mean_interval(values, ones, seed=0, strata=np.array([0, 0, 1, 1, 2, 2]))
+    np.testing.assert_array_equal(apart, pairs)
+
+
+def test_bounds_stay_within_the_range_that_the_units_say():
+    rng = np.random.default_rng(0)
+    about = {"long_name": "x", "seed": 0}
+    few, ones = rng.random((4, 50)) ** 4, np.ones((4, 1))
+    unbounded = results.mean_interval(few, ones, seed=0)
+    assert unbounded[1].min() < 0 < 1 < unbounded[2].max()
+    for units, change, low, high in (
+        ("probability", False, 0, 1),
+        ("attention mass", False, 0, 1),
+        ("probability", True, -1, 1),
+        ("nats", False, 0, np.inf),
+    ):
+        found = results.scored("x", ["i"], few, ones, units=units, change=change, **about)
+        np.testing.assert_allclose(found["x_low"][1], unbounded[1].clip(low, high))
+        np.testing.assert_allclose(found["x_high"][1], unbounded[2].clip(low, high))
+    for units in ("nats", "logit"):
+        found = results.scored("x", ["i"], few, ones, units=units, change=True, **about)
+        np.testing.assert_allclose(found["x_low"][1], unbounded[1])
+
+
+def test_samples_that_are_all_alike_have_an_interval_without_width():
+    for value in (0.0, 0.3, 1e6):
+        found = results.mean_interval(
+            np.full((8, 2), value) * np.arange(1, 9)[:, None], np.arange(1, 9)[:, None], seed=0
+        )
+        np.testing.assert_allclose(found, value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [[0, 0, 0, 1], [0, 0, 1, 1], [0] * 15 + [1], [0, 1e-9, 2e-9, 1]])
+def test_resamples_without_spread_leave_finite_bounds(samples):
+    mean, low, high = results.mean_interval(np.array(samples, dtype=float), np.ones(len(samples)), seed=0)
+    assert -4 < low < mean < high < 5
+
+
 def test_mean_interval_weighs_samples_by_their_counts():
-    sums, counts = np.array([1.0, 0.0, 30.0]), np.array([1.0, 0.0, 10.0])
+    sums, counts = np.array([1.0, 0.0, 30.0, 2.0, 4.0]), np.array([1.0, 0.0, 10.0, 1.0, 2.0])
     mean, low, high = results.mean_interval(sums, counts, seed=0)
-    assert mean == pytest.approx(31 / 11)
+    assert mean == pytest.approx(37 / 14)
     assert low <= mean <= high
 
 
-def test_mean_interval_covers_the_truth_in_about_95_of_100_samples():
-    rng = np.random.default_rng(1)
-    samples = rng.exponential(1.0, (60, 300))
-    _, low, high = results.mean_interval(samples, np.ones((60, 1)), seed=0)
-    assert 0.89 < ((low < 1.0) & (high > 1.0)).mean() < 0.98
+def test_interval_of_another_statistic_is_as_wide_as_students_where_that_is_normal():
+    samples = np.random.default_rng(0).normal(2.0, 1.0, (12, 30))
+    found = results.mean_interval(
+        samples, np.ones((12, 1)), seed=0, statistic=lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis)
+    )
+    half = stats.t.ppf(0.975, 11) * samples.std(0, ddof=1) / 12**0.5
+    np.testing.assert_allclose(found[0] - found[1], half, rtol=0.15)
+    np.testing.assert_allclose(found[2] - found[0], half, rtol=0.15)
 
 
-def test_nothing_counted_is_nan_and_one_sample_has_no_interval():
+def test_intervals_of_fewer_than_four_samples_are_undefined():
     assert np.isnan(results.mean_interval(np.zeros(4), np.zeros(4), seed=0)).all()
-    mean, low, high = results.mean_interval(np.array([3.0]), np.array([1.0]), seed=0)
-    assert mean == 3.0
-    assert np.isnan([low, high]).all()
+    for n in (1, 2, 3):
+        mean, low, high = results.mean_interval(np.arange(n) + 3.0, np.ones(n), seed=0)
+        assert mean == 3 + (n - 1) / 2
+        assert np.isnan([low, high]).all()
+        assert np.isnan(results.proportion_interval(np.ones(n), np.ones(n))[1:]).all()
+    # A value that three of five samples count for has three samples.
+    counts = np.array([[1, 1], [1, 1], [1, 0], [1, 0], [1, 1]])
+    mean, low, high = results.mean_interval(counts * np.arange(5.0)[:, None], counts, seed=0)
+    assert np.isfinite(mean).all()
+    assert np.isfinite(low).tolist() == np.isfinite(high).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("right", "n"), [(8, 8), (0, 5), (3, 7), (17, 40)])
+def test_proportion_of_independent_outcomes_has_wilsons_interval(right, n):
+    outcomes = np.arange(n) < right
+    expected = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert results.proportion_interval(outcomes, np.ones(n))[1:] == pytest.approx((expected.low, expected.high))
+
+
+def test_outcomes_that_are_alike_within_queries_count_as_the_queries():
+    right = np.array([4, 0, 4, 4, 0, 4, 4, 4])
+    expected = stats.binomtest(6, 8).proportion_ci(method="wilson")
+    found = results.proportion_interval(right, np.full(8, 4))
+    assert found == pytest.approx((0.75, expected.low, expected.high))
+    # All right: how alike they are cannot be told.
+    found = results.proportion_interval(np.full(8, 4), np.full(8, 4))
+    assert found == pytest.approx((1.0, *stats.binomtest(8, 8).proportion_ci(method="wilson")))
+
+
+def test_standard_error_of_a_correlation_is_the_jackknifes():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=10)
+    one, other = truth + 0.5 * rng.normal(size=(60, 10)), truth + 0.5 * rng.normal(size=(60, 10))
+    (value,), (error,) = results._correlation(one, other, np.ones((1, 60)))
+    assert value == pytest.approx(np.corrcoef(one.mean(0), other.mean(0))[0, 1])
+    without = [np.corrcoef(np.delete(one, i, 0).mean(0), np.delete(other, i, 0).mean(0))[0, 1] for i in range(60)]
+    jackknife = np.sqrt(59 / 60 * ((without - np.mean(without)) ** 2).sum())
+    assert error == pytest.approx(jackknife, rel=0.05)
+    _, low, high = results.correlation_interval(one, other, seed=0)
+    half = 2 * error / (1 - value**2)
+    assert (low, high) == pytest.approx(np.tanh(np.arctanh(value) + np.array([-half, half])), abs=0.02)
+
+
+def test_correlation_of_a_quantity_with_itself_is_one_and_with_a_constant_undefined():
+    samples = np.random.default_rng(0).normal(size=(8, 20))
+    np.testing.assert_allclose(results.correlation_interval(samples, 2 * samples, seed=0), 1.0)
+    np.testing.assert_allclose(results.correlation_interval(samples, -samples, seed=0), -1.0)
+    assert np.isnan(results.correlation_interval(samples, np.ones_like(samples), seed=0)).all()
+    value, *bounds = results.correlation_interval(samples[:3], samples[3:6], seed=0)
+    assert np.isfinite(value)
+    assert np.isnan(bounds).all()
+
+
+def test_undefined_values_are_said_where_the_package_was_called():
+    with pytest.warns(results.MeasurementWarning, match="because") as caught:
+        results.warn_undefined("nothing, because")
+    assert caught[0].filename == __file__
+    untrained = mh.load_model(
+        mh.ModelSpec("llama", n_layers=1, d_model=16, n_heads=2).build(vocab_size=30, eos_token_id=0, n_ctx=16)
+    )
+    with pytest.warns(results.MeasurementWarning) as caught:
+        mh.phenomena.induction(untrained, n_sequences=2)
+    assert [each.filename for each in caught] == [__file__]
 
 
 def test_best_head_is_not_biased_up_by_choosing_it():

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 INTRO = """
 Small transformers of one shape, one per language, measured at every checkpoint with the same probes. Every score stands
-next to its null in the same figure: what uniform attention would score on the same queries, what a random perturbation of
-the same size does, what the untrained model (step 0) scores.
+next to its null in the same figure: what uniform attention would score on the same queries, what a part that writes
+in random directions does, what the untrained model (step 0) scores.
 
 Intervals are over probe sequences of one trained model, not over trainings. A difference between two rows or curves is
 therefore a difference between two trained models; whether it belongs to the languages takes several seeds, and arms that
@@ -195,17 +195,17 @@ def _hydra(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section
     return Section(
         heading="Hydra effect",
         shows=(
-            "What ablating one layer's attention or MLP (its write replaced by that of other sequences) does to the logit "
-            "of the clean run's top token, term by term: the change of the layer's own direct effect, of later attention "
-            "(the Hydra effect), of later MLPs, and through the final norm's scale. The terms add up to the total effect "
-            "exactly. The null moves the same write as far, in a random direction. Only positions where the clean top "
-            "token has a probability above one half count; where there are none, as in an untrained model, there is no "
-            "value."
+            "What ablating one layer's attention or MLP (its write replaced by that of other sequences) does to the logit of"
+            " the clean run's top token, term by term: the change of the layer's own direct effect, of later attention (the "
+            "Hydra effect), of later MLPs, and through the final norm's scale. The terms add up to the total effect exactly."
+            " The null is the same part writing as much in random directions, its target the top token of that run. Only "
+            "positions where the clean top token has a probability above one half count; where there are none, as in an "
+            "untrained model, there is no value."
         ),
         does_not_show=(
             "With two layers there is little that could repair: the last MLP has nothing behind it but the norm. A change "
             "of downstream attention need not be compensation: it counts as repair only where it has the sign opposite to "
-            "the ablated layer's own change, and goes beyond the null."
+            "the ablated layer's own change, and lies outside the band of 95 % of the null's draws."
         ),
         figures=[plot(by_arm), *(plot(result, title=f"{arm}: at the end") for arm, result in final.items())],
     )
@@ -299,8 +299,9 @@ def contrasts(
             result = measured["hydra"][arm]
             start, end = (result.isel(step=step).sel(component="attention", layer=0) for step in (0, -1))
             for term in ("total_effect", "attention_growth", "mlp_change", "self_repair"):
-                null = end[f"{term}_null"]
-                add(arm, f"{term}, attention 0 ablated", _interval(end, term), start[term], null, "random perturbation")
+                null, low, high = (float(bound) for bound in _interval(end, f"{term}_null"))
+                null_is = f"written in random directions, 95 % in [{low:.3g}, {high:.3g}]"
+                add(arm, f"{term}, attention 0 ablated", _interval(end, term), start[term], null, null_is)
     return pd.DataFrame(rows)
 
 

@@ -65,7 +65,10 @@ class IdealLoss:
 
     Attributes:
         estimate: The ideal predictor's own loss.
-        error: Standard error of the estimate; 0 where it is exact, NaN where only the bounds are known.
+        error: Standard error of the estimate; 0 where it is exact, NaN where only the bounds are known. Where few
+            samples lie behind it, it is widened (by Student's law) so that 1.96 of it are a 95 % interval.
+        mean_error: Standard error, likewise, of the mean of a row's estimate over positions 1 and later: the errors of
+            a row's tokens depend on one another.
         lower: A lower bound.
         upper: An upper bound.
         method: How ``estimate`` was computed.
@@ -73,6 +76,7 @@ class IdealLoss:
 
     estimate: Float[np.ndarray, "row position"]
     error: Float[np.ndarray, "row position"]
+    mean_error: Float[np.ndarray, " row"]
     lower: Float[np.ndarray, "row position"]
     upper: Float[np.ndarray, "row position"]
     method: str
@@ -80,7 +84,8 @@ class IdealLoss:
     @classmethod
     def exact(cls, loss: Float[np.ndarray, "row position"], method: str) -> IdealLoss:
         """Return a loss that is known exactly and so is its own bounds."""
-        return cls(estimate=loss, error=np.zeros_like(loss), lower=loss, upper=loss, method=method)
+        zero = np.zeros_like(loss)
+        return cls(estimate=loss, error=zero, mean_error=zero.sum(axis=1), lower=loss, upper=loss, method=method)
 
 
 class Grammar(BaseModel, ABC):

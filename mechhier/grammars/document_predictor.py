@@ -15,7 +15,9 @@ a text says about a lexicon drawn afresh is in :mod:`mechhier.grammars.lexicon_i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +29,9 @@ from mechhier.grammars.clauses import CONNECTOR, EOS, OBJECT, SUBJECT, TOKENS_PE
 
 if TYPE_CHECKING:
     from mechhier.grammars.document import DocumentGrammar
+
+MAX_ENUMERATION = 2**22
+"""Lexicons times tokens of a row up to which a sum over all fresh lexicons is taken one by one: 60 bytes each, 40 ns."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Reading:
     category_probabilities: Float[np.ndarray, "row position 5"]
     tie: Int[np.ndarray, "row position"]
     document_start: Bool[np.ndarray, "row position"]
+
+    def rows(self, which: Bool[np.ndarray, " row"] | slice) -> Reading:
+        """Return some of the rows."""
+        return Reading(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 def read(grammar: DocumentGrammar, tokens: Int[np.ndarray, "row position"]) -> Reading:
@@ -144,17 +153,20 @@ def _rank_probability(
     return np.where(category < CONNECTOR, result, 1.0)
 
 
-def _ranks(grammar: DocumentGrammar, reading: Reading) -> Int[np.ndarray, "row position lexicon"]:
-    """Rank of every word under every lexicon of the language, 0 for connectors and ``<eos>``."""
+def _ranks(reading: Reading, word_ranks: Int[np.ndarray, "lexicon word"]) -> Int[np.ndarray, "row position lexicon"]:
+    """Rank of every word under every lexicon, 0 for connectors and ``<eos>``."""
     is_word = reading.category < CONNECTOR
-    ranks = np.moveaxis(grammar.word_ranks[:, np.where(is_word, reading.tokens, 0)], 0, 2)
+    ranks = np.moveaxis(word_ranks[:, np.where(is_word, reading.tokens, 0)], 0, 2)
     return np.where(is_word[:, :, None], ranks, 0)
 
 
 def _weigh(
     grammar: DocumentGrammar, reading: Reading, ranks: Int[np.ndarray, "row position lexicon"]
 ) -> tuple[Float[np.ndarray, "row position"], Float[np.ndarray, "row position lexicon"]]:
-    """Return the loss of every word within its category, and the posterior over the lexicons before it."""
+    """Return the loss of every word within its category, and the posterior over the lexicons before it.
+
+    The loss is infinite where no lexicon allows the word.
+    """
     likelihood = _rank_probability(grammar, reading, ranks)
     n_rows, n_positions, n_lexicons = likelihood.shape
     probability = np.empty((n_rows, n_positions))
@@ -165,12 +177,11 @@ def _weigh(
         posterior[:, t] = weight
         weight = weight * likelihood[:, t]
         probability[:, t] = weight.sum(axis=1)
-        # Text that no lexicon allows is refused below; until then its row goes on.
+        # Text that no lexicon allows is refused by the caller; until then its row goes on.
         weight = np.where(probability[:, t, None] > 0, weight, 1.0)
         weight /= weight.sum(axis=1, keepdims=True)
     with np.errstate(divide="ignore"):
-        loss = -np.log(probability)
-    return _refuse_impossible(loss), posterior
+        return -np.log(probability), posterior
 
 
 def _refuse_impossible(loss: Float[np.ndarray, "row position"]) -> Float[np.ndarray, "row position"]:
@@ -188,18 +199,41 @@ def ideal_loss(grammar: DocumentGrammar, sample: Sample) -> IdealLoss:
     structure = _structure_losses(grammar, reading)
     if grammar.lexicon != "per_document":
         known = "the lexicon is known" if grammar.lexicon == "fixed" else f"mixture over the {grammar.lexicon} lexicons"
-        return IdealLoss.exact(structure + _weigh(grammar, reading, _ranks(grammar, reading))[0], f"exact: {known}")
-    words, error, method = lexicon_inference.word_losses(grammar, reading)
-    words = _refuse_impossible(words)
+        words = _refuse_impossible(_weigh(grammar, reading, _ranks(reading, grammar.word_ranks))[0])
+        return IdealLoss.exact(structure + words, f"exact: {known}")
+    found = _fresh_word_losses(grammar, reading)
+    words = _refuse_impossible(found.loss)
     known = -np.log(_rank_probability(grammar, reading, np.maximum(sample.labels["rank"], 0)[:, :, None])[:, :, 0])
     log_size = np.log([*grammar.sizes, 1, 1])[reading.category]
     return IdealLoss(
         estimate=structure + words,
-        error=error,
+        error=found.error,
+        mean_error=found.sum_error / max(words.shape[1] - 1, 1),  # the first word's loss is exact
         lower=structure + known,
         upper=structure + log_size,
-        method=method,
+        method=found.method,
     )
+
+
+def _fresh_word_losses(grammar: DocumentGrammar, reading: Reading) -> lexicon_inference.WordLosses:
+    """Return the losses of words of lexicons drawn afresh; where these are few, by summing over them one by one."""
+    n_lexicons = math.prod(math.factorial(n) for n in grammar.sizes)
+    if lexicon_inference.has_exact_sum(grammar) or n_lexicons * reading.tokens.shape[1] > MAX_ENUMERATION:
+        return lexicon_inference.word_losses(grammar, reading)
+    word_ranks = _all_word_ranks(grammar.sizes)
+    loss = np.zeros(reading.tokens.shape)
+    for row in range(len(loss)):
+        one = reading.rows(slice(row, row + 1))
+        loss[row] = _weigh(grammar, one, _ranks(one, word_ranks))[0][0]
+    method = f"exact: mixture over all {n_lexicons} lexicons"
+    return lexicon_inference.WordLosses(loss, np.zeros_like(loss), np.zeros(len(loss)), method)
+
+
+def _all_word_ranks(sizes: tuple[int, int, int]) -> Int[np.ndarray, "lexicon word"]:
+    """Return the rank of every word in every lexicon that there is."""
+    of_category = [np.array(list(permutations(range(n)))) for n in sizes]
+    which = np.indices([len(ranks) for ranks in of_category]).reshape(len(sizes), -1)
+    return np.concatenate([ranks[i] for ranks, i in zip(of_category, which, strict=True)], axis=1)
 
 
 def next_token_probabilities(
@@ -223,8 +257,9 @@ def next_token_probabilities(
 
 def _mixture_of_words(grammar: DocumentGrammar, reading: Reading) -> Float[np.ndarray, "row position word"]:
     """P(word | its category and the tokens before it) for every word, under the posterior over the lexicons."""
-    ranks = _ranks(grammar, reading)
-    posterior = _weigh(grammar, reading, ranks)[1]
+    ranks = _ranks(reading, grammar.word_ranks)
+    loss, posterior = _weigh(grammar, reading, ranks)
+    _refuse_impossible(loss)
     if grammar.binding == 0:
         return posterior @ grammar.word_probabilities
     tied = _tied(grammar, reading, ranks)

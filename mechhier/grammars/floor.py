@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from scipy import stats
 
 from mechhier.grammars.base import Grammar, Sample
 from mechhier.progress import track
+from mechhier.results import CONFIDENCE
 
 _ROWS_AT_A_TIME = 16  # an exact predictor holds a posterior per token
-_Z = 1.96  # normal quantile of a 95 % interval
 
 
 def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
@@ -22,7 +23,11 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
     Returns:
         ``floor``, its standard error of estimation ``floor_error`` (see :class:`IdealLoss`), ``floor_lower`` and
         ``floor_upper`` over ``position``; scalars ``floor_mean``, ``floor_lower_mean`` and ``floor_upper_mean`` over
-        positions 1 and later, with 95 % intervals over rows (``_low``, ``_high``), and ``floor_mean_error``.
+        positions 1 and later, with 95 % intervals (``_low``, ``_high``), and ``floor_mean_error``.
+
+        The intervals are Student's, for the mean over all rows that the language has: of rows and of estimation alike,
+        as each row's estimate has an error of its own. ``floor_mean_error`` is of estimation alone, and tells how well
+        the mean of these very rows is known.
 
     Raises:
         ValueError: A row does not begin a document, or is not text of the language.
@@ -45,6 +50,7 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
             "context": context,
         },
     )
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, n_rows - 1)
     ideal = "the ideal predictor's loss"
     for field, name, what in (
         ("estimate", "floor", ideal),
@@ -53,7 +59,7 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
     ):
         loss = np.concatenate([getattr(part, field) for part in parts])
         row_means = loss[:, 1:].mean(axis=1)
-        mean, half_width = row_means.mean(), _Z * row_means.std(ddof=1) / np.sqrt(n_rows)
+        mean, half_width = row_means.mean(), quantile * row_means.std(ddof=1) / np.sqrt(n_rows)
         result[name] = ("position", loss.mean(axis=0), {"long_name": what, "units": "nats"})
         for suffix, value, words in (
             ("_mean", mean, ""),
@@ -62,10 +68,9 @@ def floor(grammar: Grammar, sample: Sample) -> xr.Dataset:
         ):
             long_name = f"{what}, mean over positions from 1{words}"
             result[name + suffix] = ((), float(value), {"long_name": long_name, "units": "nats"})
-    # Rows are estimated independently; the errors of a row's tokens may be all in one direction.
-    error = np.concatenate([part.error for part in parts])
-    by_position = np.sqrt((error**2).sum(axis=0)) / n_rows
-    of_mean = np.sqrt((error[:, 1:].mean(axis=1) ** 2).sum()) / n_rows
+    # Rows are estimated independently.
+    by_position = np.sqrt((np.concatenate([part.error for part in parts]) ** 2).sum(axis=0)) / n_rows
+    of_mean = np.sqrt((np.concatenate([part.mean_error for part in parts]) ** 2).sum()) / n_rows
     words = {"long_name": "standard error of estimation of the ideal predictor's loss", "units": "nats"}
     result["floor_error"] = ("position", by_position, words)
     result["floor_mean_error"] = ((), float(of_mean), words)

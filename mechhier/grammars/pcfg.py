@@ -462,6 +462,7 @@ class PCFG(Grammar):
         return IdealLoss(
             estimate=loss,
             error=np.full_like(loss, np.nan),
+            mean_error=np.full(len(loss), np.nan),
             lower=loss + np.log1p(-self.rejected_mass),
             upper=loss,
             method="upper bound: the predictor that does not know which lengths are rejected",

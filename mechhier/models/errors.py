@@ -57,3 +57,7 @@ class WrongDtypeError(ModelLoadError):
 
 class NotEnoughMemoryError(ModelLoadError):
     """The weights do not fit into the free memory of the device; known from the files' headers, before loading."""
+
+
+class CapabilityError(ValueError):
+    """The model was seen, when it was loaded, not to do what a measure needs; the message says what was seen."""

@@ -7,15 +7,18 @@ gets the same numbers from both classes and both generations of TransformerLens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from mechhier.models.errors import CapabilityError
+from mechhier.models.torch_state import default_torch_state, in_default_torch_state
 
 SiteName: TypeAlias = Literal[
     "embed",
@@ -64,6 +67,41 @@ def rows_being_run() -> Int[Tensor, " batch"] | None:
     For edits of a caller that differ from row to row, so that they do not depend on how a measurement makes batches.
     """
     return _ROWS.get()
+
+
+VERIFICATION = "_mechhier_verification"
+"""Where a hooked model carries its `Verification`."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was seen of a hooked model before any number was measured on it (`mechhier.models.verification`).
+
+    Attributes:
+        right: What was looked at and found right; empty where nobody looked (`verify=False`).
+        wrong: What must not be used, and why. Names of sites ("z": it can be neither read nor edited), of edits
+            ("pattern edits"), and "component writes", "head writes", "head weights", "direct effects", "restart",
+            "cached keys". For the last two the whole run takes their place.
+        n_kv_heads: Number of heads that keys and values have; None: as the config says.
+        parallel: Whether attention and MLP of a block do not see each other; None: as the config says.
+        multipliers: By what the outputs at "attn_out" and "mlp_out" are multiplied before they are added to the stream.
+        logit_multiplier: By what the normed stream times the unembedding is multiplied.
+        has_sinks: Whether a part of the attention goes to no key.
+    """
+
+    right: tuple[str, ...] = ()
+    wrong: Mapping[str, str] = field(default_factory=dict)
+    n_kv_heads: int | None = None
+    parallel: bool | None = None
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+    logit_multiplier: float = 1.0
+    has_sinks: bool = False
+
+    def __str__(self) -> str:
+        if not self.right:
+            return "not verified"
+        wrong = "".join(f"; not {name}: {why}" for name, why in self.wrong.items())
+        return f"verified: {', '.join(self.right)}{wrong}"
 
 
 class _Stop(Exception):
@@ -131,9 +169,12 @@ class Hooked:
         model: A `HookedTransformer` or a `TransformerBridge` of a decoder-only model with unfolded or folded weights.
         max_bytes: Working memory of one batch, from which `batch_size` follows.
 
+    A model that `load_model` has not looked at is looked at here, once: see `mechhier.models.verification`.
+
     Raises:
         TypeError: `model` is neither.
         ValueError: `max_bytes` is not positive.
+        UnsupportedModelError: The model was seen to be none that can be measured.
     """
 
     def __init__(self, model: Any, *, max_bytes: int = MAX_BYTES):
@@ -150,6 +191,33 @@ class Hooked:
         self._hook_names = frozenset(model.hook_dict)  # TransformerBridge makes the dictionary anew each time
         self._is_bridge = type(model).__name__ == "TransformerBridge"
         self._block_returns: type | None = None
+        if VERIFICATION not in model.__dict__:
+            from mechhier.models.verification import verify
+
+            verify(model)
+
+    @property
+    def verification(self) -> Verification:
+        """What was seen of the model when it was loaded."""
+        return self.model.__dict__[VERIFICATION]
+
+    def require(self, capability: str) -> None:
+        """Refuse to go on without something that was seen to be wrong.
+
+        Raises:
+            CapabilityError: The model cannot do this; the message says what was seen.
+        """
+        why = self.verification.wrong.get(capability)
+        if why is not None:
+            raise CapabilityError(
+                f"{type(self.model).__name__} of this architecture has no sound {capability}: {why}. This was seen when "
+                "the model was loaded. What to do: what does not need it can be measured; else load the other class of "
+                "model (as_=), or another architecture"
+            )
+
+    def can(self, capability: str) -> bool:
+        """Whether nothing speaks against a capability; see `Verification.wrong` for their names."""
+        return capability not in self.verification.wrong
 
     n_layers = property(lambda self: int(self.cfg.n_layers), doc="Number of blocks.")
     n_heads = property(lambda self: int(self.cfg.n_heads), doc="Number of query heads in a layer.")
@@ -157,11 +225,28 @@ class Hooked:
     d_head = property(lambda self: int(self.cfg.d_head), doc="Width of one head.")
     d_vocab = property(lambda self: int(self.cfg.d_vocab), doc="Number of tokens.")
     n_ctx = property(lambda self: int(self.cfg.n_ctx), doc="Longest sequence, in tokens.")
+    eps = property(lambda self: float(self.cfg.eps), doc="What the norms add to the variance.")
+    d_mlp = property(lambda self: int(getattr(self.cfg, "d_mlp", None) or 0), doc="Number of neurons of an MLP.")
+    attn_only = property(lambda self: bool(getattr(self.cfg, "attn_only", False)), doc="Whether there are no MLPs.")
 
     @property
     def parallel(self) -> bool:
         """Whether a block's attention and MLP both read resid_pre (GPT-NeoX), so that neither sees the other."""
-        return bool(getattr(self.cfg, "parallel_attn_mlp", False))
+        seen = self.verification.parallel
+        return bool(getattr(self.cfg, "parallel_attn_mlp", False)) if seen is None else seen
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Number of heads that keys and values have; fewer than `n_heads` with grouped queries."""
+        return int(self.verification.n_kv_heads or getattr(self.cfg, "n_key_value_heads", None) or self.n_heads)
+
+    @property
+    def rope_type(self) -> str | None:
+        """The kind of rotary embedding by Hugging Face's name, where the model says it."""
+        config = getattr(getattr(self.model, "original_model", None), "config", None)
+        settings = (getattr(config, "rope_parameters", None) or {}) if config is not None else {}
+        kinds = {each.get("rope_type") for each in (settings, *settings.values()) if isinstance(each, dict)}
+        return ", ".join(sorted(kind for kind in kinds if kind not in (None, "default"))) or None
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
@@ -239,9 +324,12 @@ class Hooked:
             ValueError: No such layer, or a norm after attention that is not an RMSNorm.
         """
         self._check_layer(layer)
-        writes = torch.einsum("bphd,hdm->bphm", z.float(), self.W_O(layer).float())
+        self.require("head writes")
+        multiplier = self.verification.multipliers.get("attn_out", 1.0)
+        writes = torch.einsum("bphd,hdm->bphm", z.float(), self.W_O(layer).float()) * multiplier
         bias = self.model.blocks[layer].attn.b_O
         bias = torch.zeros_like(writes[:, :, 0]) if bias is None else bias.detach().float().expand_as(writes[:, :, 0])
+        bias = bias * multiplier
         norm = self._post_attention_norm(layer)
         if norm is None:
             return writes, bias
@@ -263,11 +351,12 @@ class Hooked:
             ValueError: As `head_writes`.
         """
         self._check_layer(layer)
+        self.require("head writes")
         if self._post_attention_norm(layer) is not None:
             writes, _ = self.head_writes(layer, z)
             return torch.einsum("bphm,bpm->bph", writes, directions)
         by_head = torch.einsum("bpm,hdm->bphd", directions, self.W_O(layer).float())
-        return torch.einsum("bphd,bphd->bph", z.float(), by_head)
+        return torch.einsum("bphd,bphd->bph", z.float(), by_head) * self.verification.multipliers.get("attn_out", 1.0)
 
     def _post_attention_norm(self, layer: int) -> torch.nn.Module | None:
         """The norm between the heads' sum and the residual stream, if there is one."""
@@ -285,12 +374,27 @@ class Hooked:
         return getattr(block, "ln1_post", None)
 
     def _gain(self, norm: torch.nn.Module) -> Float[Tensor, " d_model"]:
-        """A norm's gain gamma; ones where it has none (OLMo, folded weights)."""
+        """A norm's gain gamma; ones where it has none (OLMo, folded weights).
+
+        HookedTransformer stores gamma. The Bridge leaves the weight as the architecture has it, gamma or gamma - 1
+        (Gemma, Nemotron); which, the norm itself tells.
+        """
         weight = getattr(norm, "w", None)
         if weight is None:
             return torch.ones(self.d_model, device=self.device, dtype=self.dtype)
-        # Gemma stores gamma - 1, and the Bridge leaves the weights as they are stored.
-        return weight.detach() + float(getattr(self.cfg, "rmsnorm_uses_offset", False))
+        inner = getattr(norm, "original_component", None) if self._is_bridge else None
+        return weight.detach() if inner is None else weight.detach() + self._offset(inner, weight.detach())
+
+    def _offset(self, norm: torch.nn.Module, weight: Float[Tensor, " d_model"]) -> float:
+        """What a norm adds to its weight before it multiplies: 0 or 1."""
+        # The norm is odd but for its bias: norm(x) - norm(-x) = 2 gamma x / sigma(x), and x has mean 0.
+        x = torch.ones_like(weight)
+        x[1::2] = -1
+        x[len(x) // 2 * 2 :] = 0
+        with torch.no_grad():
+            both = norm(torch.stack([x, -x])[None])[0].float()
+        gain = ((both[0] - both[1]) / 2)[x != 0] * x.float()[x != 0] * x.float().pow(2).mean().sqrt()
+        return float((gain - weight.float()[x != 0]).median().round())
 
     @property
     def final_gain(self) -> Float[Tensor, " d_model"]:
@@ -315,10 +419,11 @@ class Hooked:
         """
         logits = _COPIES * 4 * self.d_vocab
         pattern = _COPIES * 4 * self.n_heads * (length + past)
-        stream = 4 * (4 * self.d_model + 3 * (getattr(self.cfg, "d_mlp", None) or 0))
+        stream = 4 * (4 * self.d_model + 3 * self.d_mlp)
         kept = 2 * 2 * self.n_layers * past * self.n_heads * self.d_head * self.dtype.itemsize
         return max(1, self.max_bytes // (length * (max(logits, pattern) + stream) + kept))
 
+    @in_default_torch_state
     def check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
         """`tokens` as a long tensor on the model's device.
 
@@ -336,15 +441,16 @@ class Hooked:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.d_vocab:
             raise ValueError(f"token ids must lie in 0..{self.d_vocab - 1} for this model, got {low}..{high}")
-        return tokens.to(device=self.device, dtype=torch.long)
+        tokens = tokens.to(device=self.device, dtype=torch.long)
+        return tokens.clone() if tokens.is_inference() else tokens  # autograd keeps no tensor of inference mode
 
     @contextmanager
     def preserved(self, *, gradients: bool = False) -> Iterator[None]:
-        """Evaluation mode, with gradients if asked; mode and gradient state as they were afterwards, come what may."""
+        """Evaluation mode, with gradients if asked, torch as in a fresh process; all as it was afterwards, come what may."""
         training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()
-            with torch.set_grad_enabled(gradients):
+            with default_torch_state(), torch.set_grad_enabled(gradients):
                 yield
         finally:
             for module in training:
@@ -411,6 +517,8 @@ class Hooked:
     ) -> Float[Tensor, "batch pos d_vocab"]:
         if not 0 <= layer <= self.n_layers:
             raise ValueError(f"cannot start at layer {layer}: the model has layers 0..{self.n_layers - 1}")
+        if not self.can("restart"):
+            return self._run_whole(layer, resid, tokens, named, arguments)
         if not self._is_bridge:
             return self.model.run_with_hooks(resid, fwd_hooks=named, start_at_layer=layer, **arguments)
         if layer == 0:
@@ -431,6 +539,21 @@ class Hooked:
         finally:
             for block in skipped:
                 block.__dict__.pop("forward", None)
+
+    def _run_whole(
+        self,
+        layer: int,
+        resid: Float[Tensor, "batch pos d_model"],
+        tokens: Int[Tensor, "batch pos"],
+        named: list[tuple[str, Callable[..., Tensor]]],
+        arguments: dict[str, Any],
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """The run from a layer as a whole run in which the stream is replaced there: exact in every architecture."""
+        entering = "hook_resid_pre" if layer < self.n_layers else "hook_resid_post"
+        place = self._adapt(f"blocks.{min(layer, self.n_layers - 1)}.{entering}", lambda _: resid)
+        skipped = tuple(f"blocks.{earlier}." for earlier in range(layer))
+        later = [pair for pair in named if not pair[0].startswith(skipped)]
+        return self.model.run_with_hooks(tokens, fwd_hooks=[place, *later], **arguments)
 
     @contextmanager
     def _learning_what_blocks_return(self, *, stop: bool = False) -> Iterator[None]:
@@ -497,6 +620,13 @@ class Hooked:
         if not 0 <= layer < self.n_layers:
             raise ValueError(f"layer {layer} does not exist: the model has layers 0..{self.n_layers - 1}")
 
+    def has(self, site: SiteName, layer: int | None) -> bool:
+        """Whether the model has a hook for a site (layer None for "embed" and "final_scale")."""
+        try:
+            return all(name in self._hook_names for name, _ in self._named((site, layer, lambda _: None)))
+        except ValueError:
+            return False
+
     def _named(self, hook: Hook) -> list[tuple[str, Callable[..., Tensor]]]:
         """TransformerLens's (name, function) pairs for one hook, checked: an unknown name is silent on some classes."""
         site, layer, function = hook
@@ -506,12 +636,27 @@ class Hooked:
             return [self._adapt("blocks.0.hook_resid_pre", function)]
         if site == "final_scale":
             return [self._adapt("ln_final.hook_scale", function)]
+        self.require(site)
         if site == "resid_mid":
             return self._mid(layer, function)
         if site not in _IN_BLOCK or layer is None:
             known = ", ".join(["embed", "resid_mid", "final_scale", *_IN_BLOCK])
             raise ValueError(f"no site {site!r} at layer {layer}; sites are {known}, those in a block with a layer")
-        return [self._adapt(f"blocks.{layer}.{_IN_BLOCK[site]}", function)]
+        name, adapted = self._adapt(f"blocks.{layer}.{_IN_BLOCK[site]}", self._sound(site, function))
+        return [(name, adapted)]
+
+    def _sound(self, site: SiteName, function: HookFunction) -> HookFunction:
+        """The function, on what the site stands for, and refused where its edit would not act."""
+        multiplier = self.verification.multipliers.get(site, 1.0)
+
+        def act(activation: Tensor) -> Tensor | None:
+            edited = function(activation if multiplier == 1.0 else activation * multiplier)
+            if edited is None:
+                return None
+            self.require(f"{site} edits")
+            return edited if multiplier == 1.0 else edited / multiplier
+
+        return act
 
     def _mid(self, layer: int | None, function: HookFunction) -> list[tuple[str, Callable[..., Tensor]]]:
         """The stream between attention and MLP, as resid_pre + attn_out.
@@ -531,12 +676,12 @@ class Hooked:
 
         return [
             self._adapt(f"blocks.{layer}.hook_resid_pre", keep),
-            self._adapt(f"blocks.{layer}.hook_attn_out", edit),
+            self._adapt(f"blocks.{layer}.hook_attn_out", self._sound("attn_out", edit)),
         ]
 
     def _adapt(self, name: str, function: HookFunction) -> tuple[str, Callable[..., Tensor]]:
         if name not in self._hook_names:
-            raise ValueError(f"{type(self.model).__name__} of this architecture has no hook {name!r}")
+            raise CapabilityError(f"{type(self.model).__name__} of this architecture has no hook {name!r}")
 
         def always_return(activation: Tensor, hook: Any) -> Tensor:
             edited = function(activation)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mechhier.grammars import Corpus
+from mechhier.models import verification
 from mechhier.models.agreement import check_no_adapter, check_weights, read_config
 from mechhier.models.changes import check_unchanged, is_adapter, own_copy
 from mechhier.models.errors import (
@@ -37,6 +38,7 @@ from mechhier.models.errors import (
     UnsupportedModelError,
     WrongDtypeError,
 )
+from mechhier.models.hooked import VERIFICATION
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.revision import (
     cached_hub_revisions,
@@ -47,6 +49,7 @@ from mechhier.models.revision import (
     revision_folders,
 )
 from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.models.weights import ModelFiles, check_memory, read_headers
 from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
 
@@ -95,6 +98,7 @@ class ModelInfo:
     `unknown` for a `HookedTransformer` that someone else built."""
 
 
+@in_default_torch_state
 def load_model(
     source: str | Path | PreTrainedModel | HookedModel,
     *,
@@ -103,10 +107,14 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     processing: Processing = "none",
+    verify: bool = True,
 ) -> HookedModel:
-    """Load a model as a hooked model, its weights as they were trained unless asked otherwise.
+    """Load a model as a hooked model, its weights as they were trained unless asked otherwise, and look at it.
 
-    By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 in float32). Only
+    By default nothing is folded or centred: logits equal the Hugging Face model's (to 1e-4 of the largest in float32).
+    Whether they do, and whether edits, restarted runs and sums of writes are what they should be, is seen on three rows
+    of 16 tokens (`mechhier.models.verification`): what is wrong is refused, or that capability alone is switched off and
+    says so when it is asked for. Every result carries what was seen (attribute `verification`). Only
     safetensors are read, no code of a model's repository is run, no kernel is fetched (attention that a config leaves to
     other packages is computed in the plain way), and a tokenizer is attached where there is one. Text gets a
     beginning-of-sequence token only where that tokenizer itself puts one in front. The config is compared with the
@@ -132,6 +140,7 @@ def load_model(
             LayerNorm), the unembedding centred, value biases folded into the output bias. Logits then differ from
             the raw model's by a constant at each position, so probabilities are the same. Only for llama, olmo, gpt2
             and gpt_neox in float32 or float64.
+        verify: Whether to look at the model. Without it a wrong model is measured in silence.
 
     Raises:
         ModelNotFoundError: No such folder or hub name, or a folder without a model.
@@ -146,12 +155,14 @@ def load_model(
             weights or replaced functions, or whose weights are not in memory: a hooked model would leave them out.
         TokenizerError: Files of a tokenizer that give none.
         UnsupportedModelError: An architecture that transformers or TransformerLens does not know, or whose folded
-            weights would be wrong, or a setting that TransformerLens ignores.
+            weights would be wrong, or a setting that TransformerLens ignores; a hooked model whose logits are not Hugging
+            Face's or not finite, that is not causal, or that has no attention and residual stream in every layer.
         WrongDtypeError: None of the four dtypes, or folding in less than float32.
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
 
-    Cost: no forward pass. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
+    Cost: passes over some tokens (see `mechhier.models.verification.verify`), about as long as two passes of a
+    hundred tokens in all. Memory: the weights in the wanted dtype and about a tenth more while they are read, for both
     classes; a `HookedTransformer` with rotary positions also has its tables, 2 x n_layers x n_ctx x d_head numbers,
     which count only where the context is long for the width. On the CPU, in the dtype of the files, weights stay in
     the files' pages until they are changed: the files must not be overwritten in place while the model is in use. A
@@ -172,7 +183,9 @@ def load_model(
     if not isinstance(source, (str, Path)):
         if revision is not None:
             raise ModelLoadError("revision applies to hub names and folders of revisions; this model is in memory")
-        return _from_memory(source, as_=as_, device=chosen_device, dtype=chosen_dtype, processing=processing)
+        return _from_memory(
+            source, as_=as_, device=chosen_device, dtype=chosen_dtype, processing=processing, verify=verify
+        )
     files, info = _locate(source, revision)
     return _from_files(
         files,
@@ -181,6 +194,7 @@ def load_model(
         device=chosen_device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=chosen_dtype or torch.float32,
         processing=processing,
+        verify=verify,
     )
 
 
@@ -373,6 +387,7 @@ def _from_files(
     device: torch.device,
     dtype: torch.dtype,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
     with quiet_transformers():
         config = read_config(files)
@@ -383,7 +398,7 @@ def _from_files(
         model = _read_weights(files, config, dtype=dtype, device=device)
         model.config.name_or_path = info.name
         tokenizer = _read_tokenizer(files)
-        hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing)
+        hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing, verify=verify)
     return _attach(hooked, replace(info, architecture=config.model_type, processing=processing))
 
 
@@ -448,26 +463,39 @@ def _wrap(
     tokenizer: PreTrainedTokenizerBase | None,
     as_: ModelClass | None,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
-    """The hooked model; takes over `model`, which must not be used afterwards."""
-    hooked = None
-    try:
-        if as_ != "bridge" and (as_ == "hooked" or hooked_transformer_class() is not None):
+    """The hooked model, looked at; takes over `model`, which must not be used afterwards."""
+    # Before the bridge puts its own components into the model.
+    expected = verification.hugging_face(model) if verify else None
+    if as_ != "bridge" and (as_ == "hooked" or hooked_transformer_class() is not None):
+        try:
             hooked = to_hooked_transformer(model, tokenizer=tokenizer)
-    except UnsupportedModelError as error:
-        if as_ == "hooked":
-            raise UnsupportedModelError(f"{error}. What to do: load it with as_='bridge'") from error
-    if hooked is not None:
-        if processing == "folded":
-            hooked.process_weights_()
-        return hooked
+            if processing == "folded":
+                hooked.process_weights_()
+            return _looked_at(hooked, expected)
+        except UnsupportedModelError as error:
+            if as_ == "hooked":
+                raise UnsupportedModelError(_with_remedy(error, "load it with as_='bridge'")) from error
     try:
         bridge = to_bridge(model, tokenizer=tokenizer)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{error}. What to do: TransformerLens lists the models it supports") from error
+        raise UnsupportedModelError(_with_remedy(error, "TransformerLens lists the models it supports")) from error
     if processing == "folded":
         bridge.enable_compatibility_mode(disable_warnings=True)
-    return bridge
+    return _looked_at(bridge, expected)
+
+
+def _with_remedy(error: UnsupportedModelError, remedy: str) -> str:
+    return str(error) if "What to do" in str(error) else f"{error}. What to do: {remedy}"
+
+
+def _looked_at(hooked: HookedModel, expected: verification.Expected | None) -> HookedModel:
+    if expected is None:
+        verification.skip(hooked)
+    else:
+        verification.verify(hooked, expected=expected)
+    return hooked
 
 
 def _check_processing(processing: Processing, architecture: str, dtype: torch.dtype) -> None:
@@ -492,6 +520,7 @@ def _from_memory(
     device: torch.device | None,
     dtype: torch.dtype | None,
     processing: Processing,
+    verify: bool,
 ) -> HookedModel:
     if isinstance(source, PreTrainedModel):
         _check_processing(processing, source.config.model_type, dtype or source.dtype)
@@ -500,7 +529,7 @@ def _from_memory(
         model = own_copy(source, device=device or source.device, dtype=dtype or source.dtype)
         name = source.config.name_or_path or type(source).__name__
         info = ModelInfo(name=name, architecture=source.config.model_type, processing=processing)
-        return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing), info)
+        return _attach(_wrap(model, tokenizer=None, as_=as_, processing=processing, verify=verify), info)
     kind = _hooked_kind(source)
     if kind is None:
         if is_adapter(source):
@@ -517,6 +546,8 @@ def _from_memory(
         raise ModelLoadError(
             "a hooked model is returned as it is: move, cast or fold it yourself, or load it from its source"
         )
+    if VERIFICATION not in source.__dict__:
+        verification.verify(source) if verify else verification.skip(source)
     return source if model_info(source) else _attach(source, _info_of_hooked(source, kind))
 
 

@@ -53,7 +53,8 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
+    """1: of mechhier 0.4 and before, whose schedules began at a rate of 0."""
     model: ModelSpec
     train: TrainSpec
     corpus: dict[str, Any]

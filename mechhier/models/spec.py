@@ -122,7 +122,9 @@ class ModelSpec(BaseModel):
         """
         import torch
 
-        with torch.random.fork_rng(devices=[]):
+        from mechhier.models.torch_state import default_torch_state
+
+        with default_torch_state(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self._instantiate(vocab_size, self._context(n_ctx), eos_token_id)
 
@@ -192,6 +194,10 @@ class ModelSpec(BaseModel):
 class TrainSpec(BaseModel):
     """How to train: AdamW, linear warm-up, then a cosine to a fraction of the learning rate.
 
+    With a warm-up of W steps of T, step n (from 1) is taken at n / W of the learning rate up to step W, then at
+    f + (1 - f) (1 + cos(pi (n - W) / (T - W))) / 2 of it, f = `final_lr_fraction`: step W has the highest rate, step T
+    exactly the fraction. A warm-up of no steps is one of one step; a single step is the last.
+
     Batch n is rows n x batch_size to (n + 1) x batch_size of the corpus, which is read again from its start where it
     is shorter than the training. A corpus's rows are independent draws already, so they are not shuffled.
     """
@@ -208,8 +214,8 @@ class TrainSpec(BaseModel):
     """Highest learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """AdamW's decay rates of the gradient's mean and of its square's."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warm-up; fewer than `steps`."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear warm-up; fewer than `steps`. None: 100, or a third of a training of fewer than 300 steps."""
     final_lr_fraction: Fraction = 0.1
     """Learning rate of the last step, as a fraction of the highest."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -233,7 +239,7 @@ class TrainSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainSpec:
-        if self.steps is not None and self.warmup_steps >= self.steps:
+        if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
         if self.steps is not None and (beyond := [step for step in self.checkpoints_at if step > self.steps]):
             raise ValueError(f"checkpoints_at={beyond} lie beyond steps={self.steps}")

@@ -22,8 +22,7 @@ import filelock
 import numpy as np
 import torch
 import xarray as xr
-from accelerate import PartialState
-from accelerate.utils import broadcast, parse_flag_from_env
+from accelerate.utils import broadcast
 from jaxtyping import Float, Int
 from rich.filesize import decimal
 from torch import Tensor
@@ -43,6 +42,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from mechhier import results
 from mechhier.files import write_whole
 from mechhier.grammars import Corpus
+from mechhier.models.environment import on_cpu, only_processes_and_devices, processes
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.run import (
     CHECKPOINTS,
@@ -60,6 +60,7 @@ from mechhier.models.run import (
 )
 from mechhier.models.spec import ModelSpec, TrainSpec
 from mechhier.models.tokenizer import word_level_tokenizer
+from mechhier.models.torch_state import default_torch_state, full_matmul_precision
 from mechhier.progress import announce, track
 
 TRAINER = "trainer"
@@ -71,6 +72,9 @@ _STATE_SECONDS = 30.0
 _STATE_SHARE = 50.0
 # float32 weights and AdamW's two moments.
 _STATE_WEIGHTS = 3
+# The default warm-up: steps, and the part of a short training.
+_WARMUP = 100
+_WARMUP_SHARE = 3
 # See `diverged`: log points in a row, and nats.
 _LOST_LINES = 10
 _LEARNED = 0.5
@@ -98,6 +102,10 @@ def train(
     On a GPU: bfloat16 autocast over float32 weights, fused AdamW, SDPA and `torch.compile`, unless `TrainSpec` says
     otherwise; on a CPU float32. Started by `accelerate launch` or `torchrun`, the processes share each batch.
 
+    What is trained is what the settings say: neither accelerate's environment variables of precision and compilation
+    nor the caller's default dtype, autocast, gradient or inference mode have a part in it. A caller's settings are as
+    they were afterwards.
+
     Args:
         spec: Shape of the model.
         corpus: Text to train on; its validation split (its test split, if it is itself the validation split) measures
@@ -113,40 +121,35 @@ def train(
         RunError: `out` holds another training or something else, or another process is training in it; nothing is
             touched.
         TrainingError: The disk has too little room; or the loss is not finite, or has diverged.
+        EnvironmentVariableError: Environment variables speak of other processes without saying where they are, or ask
+            for a model divided among devices (FSDP, DeepSpeed); nothing is touched.
         ValueError: The corpus's rows are longer than the model's context, or it is shorter than one batch.
 
     Cost: `steps` forward and backward passes, and `eval_rows` forward rows at each checkpoint; the floor of `eval_rows`
     rows once. Disk: the weights at each checkpoint, and three times the weights until the end, for resuming.
     """
-    out, settings = Path(out), train or TrainSpec()
-    manifest = _plan(spec, corpus, settings)
+    with default_torch_state(), only_processes_and_devices():
+        return _train(_plan(spec, corpus, train or TrainSpec()), corpus, Path(out), report_to)
+
+
+def _train(manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[str]) -> Run:
     existing = _check_folder(out, manifest)
     if existing is not None and existing.finished:
         shutil.rmtree(out / TRAINER, ignore_errors=True)  # a kill just before the end leaves it
         return Run.open(out)
     with _only_process_in(out), _callers_random_state(), quiet_transformers():
-        if _processes().is_main_process:
+        if processes().is_main_process:
             _announce(manifest, corpus, out)
             (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             if existing is None:
                 manifest.write(out)
         _Session(manifest, corpus, out, report_to).run()
-        if _processes().is_main_process:
+        if processes().is_main_process:
             hashes = {step: weights_sha256(checkpoint_folder(out, step)) for step in manifest.checkpoint_steps}
             manifest.model_copy(update={"finished": True, "weights_sha256": hashes}).write(out)
             shutil.rmtree(out / TRAINER, ignore_errors=True)
-    _processes().wait_for_everyone()
+    processes().wait_for_everyone()
     return Run.open(out)
-
-
-def _on_cpu() -> bool:
-    """Whether to train on the CPU: there is nothing else, or `accelerate launch --cpu` said so."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def _processes() -> PartialState:
-    """The processes that train together; one, unless a launcher started more."""
-    return PartialState(cpu=_on_cpu())
 
 
 def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
@@ -154,25 +157,26 @@ def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
     if spec.n_ctx is not None and spec.n_ctx < corpus.context:
         raise ValueError(f"the corpus's rows of {corpus.context} tokens do not fit the model's n_ctx={spec.n_ctx}")
     steps = train.steps or corpus.n_rows // train.batch_size
-    if steps <= train.warmup_steps:
+    warmup = min(_WARMUP, steps // _WARMUP_SHARE) if train.warmup_steps is None else train.warmup_steps
+    if steps <= warmup:
         raise ValueError(
             f"one pass over {corpus.n_rows} rows is {steps} steps of {train.batch_size} rows, which must be more than "
-            f"warmup_steps={train.warmup_steps}: use a longer corpus, smaller batches, a shorter warm-up, or give steps"
+            f"warmup_steps={warmup}: use a longer corpus, smaller batches, a shorter warm-up, or give steps"
         )
     if beyond := [step for step in train.checkpoints_at if step > steps]:
         raise ValueError(f"checkpoints_at={beyond} lie beyond the {steps} steps of one pass over the corpus")
-    n_processes = _processes().num_processes
+    n_processes = processes().num_processes
     if train.batch_size % (n_processes * train.gradient_accumulation):
         raise ValueError(
             f"batch_size={train.batch_size} must be divisible by {n_processes} processes x "
             f"gradient_accumulation={train.gradient_accumulation}"
         )
-    device = _processes().device or torch.device("cpu")
+    device = processes().device or torch.device("cpu")
     precision = "bfloat16 autocast" if _uses_bf16(train) else "float32"
     compiled = ", compiled" if _compiles(train) else ""
     return Manifest(
         model=spec,
-        train=train,
+        train=train.model_copy(update={"warmup_steps": warmup}),
         corpus=corpus.description,
         text_sha256=text_sha256(corpus),
         steps=steps,
@@ -183,12 +187,12 @@ def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec) -> Manifest:
 
 def _uses_bf16(train: TrainSpec) -> bool:
     if train.precision == "auto":
-        return not _on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return train.precision == "bfloat16"
 
 
 def _compiles(train: TrainSpec) -> bool:
-    return not _on_cpu() and torch.cuda.is_available() if train.compile is None else train.compile
+    return not on_cpu() and torch.cuda.is_available() if train.compile is None else train.compile
 
 
 def _check_folder(out: Path, manifest: Manifest) -> Manifest | None:
@@ -202,6 +206,11 @@ def _check_folder(out: Path, manifest: Manifest) -> Manifest | None:
                 f"{out} holds another training; choose another folder or remove it. It differs in (there -> here):\n  "
                 + "\n  ".join(differences)
             )
+        if not existing.finished and existing.format != manifest.format:
+            raise RunError(
+                f"the training in {out} was begun by mechhier {existing.versions.get('mechhier')}, which took its steps at "
+                "other learning rates: choose another folder or remove it"
+            )
         return existing
     # A kill before the manifest was renamed into place leaves only our own temporary file and an empty folder.
     ours = {f".{MANIFEST}.tmp", CHECKPOINTS, LOCK}
@@ -213,7 +222,7 @@ def _check_folder(out: Path, manifest: Manifest) -> Manifest | None:
 @contextmanager
 def _only_process_in(out: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when a process dies; the file is gone when training has ended."""
-    if not _processes().is_main_process:
+    if not processes().is_main_process:
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -353,13 +362,13 @@ class _Session(TrainerCallback):
     def __init__(self, manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[str]) -> None:
         self.manifest = manifest
         self.out = out
-        self.main = _processes().is_main_process
+        self.main = processes().is_main_process
         settings = manifest.train
         self.checkpoints = set(manifest.checkpoint_steps)
         self.log_every = max(1, manifest.steps // _LOG_LINES)
         self.tokenizer = word_level_tokenizer(corpus.grammar)
         self.step_tokens = settings.batch_size * corpus.context
-        self.part_rows = settings.batch_size // (_processes().num_processes * settings.gradient_accumulation)
+        self.part_rows = settings.batch_size // (processes().num_processes * settings.gradient_accumulation)
         self.held_out = corpus.held_out(
             "test" if corpus.split == "validation" else "validation", tokens=settings.eval_rows * corpus.context
         )
@@ -395,18 +404,20 @@ class _Session(TrainerCallback):
             adam_beta2=settings.betas[1],
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
-            lr_scheduler_type="cosine_with_min_lr",
+            # Of transformers' cosines the one whose first step is not taken at a rate of 0, nor its last above the lowest.
+            lr_scheduler_type="cosine_warmup_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": settings.final_lr_fraction},
-            warmup_steps=settings.warmup_steps,
+            warmup_steps=min(max(1, settings.warmup_steps or 0), self.manifest.steps - 1),
             optim="adamw_torch_fused",
             seed=settings.seed,
-            use_cpu=_on_cpu(),
+            use_cpu=on_cpu(),
             bf16=_uses_bf16(settings),
             torch_compile=_compiles(settings),
+            tf32=False,
             train_sampling_strategy="sequential",
             dataloader_drop_last=True,
             ddp_find_unused_parameters=False,
-            dataloader_pin_memory=not _on_cpu(),
+            dataloader_pin_memory=not on_cpu(),
             remove_unused_columns=False,
             logging_strategy="no",
             save_strategy="no",
@@ -424,7 +435,7 @@ class _Session(TrainerCallback):
             train_dataset=_Rows(
                 corpus,
                 self.manifest.steps * settings.batch_size,
-                stride=self.part_rows * _processes().num_processes,
+                stride=self.part_rows * processes().num_processes,
             ),
             callbacks=[self],
             on_loss=self._add_loss,
@@ -442,6 +453,10 @@ class _Session(TrainerCallback):
 
     def run(self) -> None:
         """Train from the start or from the state that the last call left."""
+        with full_matmul_precision():  # which making the Trainer switches off for compiled models
+            self._run()
+
+    def _run(self) -> None:
         step, state = self._resume()
         self.floor = self._floor()
         name = "/".join(self.out.parts[-2:])
@@ -471,14 +486,14 @@ class _Session(TrainerCallback):
         """Whether it is time to save the trainer's state; the processes' clocks differ, so the first one decides."""
         pause = max(_STATE_SECONDS, _STATE_SHARE * self.save_seconds)
         due = time.monotonic() - self.last_save > pause
-        if _processes().num_processes == 1:
+        if processes().num_processes == 1:
             return due
         return is_line and bool(broadcast(torch.tensor(due, device=self.model.device)))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Point to the state that the Trainer has just written, then remove those before it."""
         self._collect_losses()
-        _processes().wait_for_everyone()  # each process writes its own random state
+        processes().wait_for_everyone()  # each process writes its own random state
         folder = self.out / TRAINER
         pointer = {"step": state.global_step, "losses": self.losses, "log": self.log}
         if self.main:
@@ -508,7 +523,7 @@ class _Session(TrainerCallback):
         path = self.out / FLOOR
         if self.main and not path.is_file():
             results.save(self.held_out.floor(len(self.eval_rows)), path)
-        _processes().wait_for_everyone()
+        processes().wait_for_everyone()
         return results.load(path)
 
     def _add_loss(self, loss: Tensor) -> None:
@@ -574,10 +589,14 @@ class _Session(TrainerCallback):
         """Next-token loss on the held-out rows by position from 1, in nats, and its standard error over rows."""
         model = self.model
         model.eval()
+        # accelerate puts autocast around the model's own forward pass; evaluation is in float32.
+        autocasting = model.__dict__.pop("forward", None)
         parts = [
             next_token_loss(model, rows.to(model.device), mean=False).cpu().double()
             for rows in self.eval_rows.split(self.part_rows)
         ]
+        if autocasting is not None:
+            model.__dict__["forward"] = autocasting
         model.train()
         losses: Float[Tensor, "row position"] = torch.cat(parts)
         error = losses.std(0) / math.sqrt(len(losses))

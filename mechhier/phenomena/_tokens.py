@@ -13,7 +13,9 @@ from mechhier.models.loading import bos_token_id, model_info
 MAX_REPEAT = 64
 """Longest random segment; Olsson et al. (2022) and the library detectors use 25 to 100 tokens."""
 N_LENGTHS = 8
-"""Number of different segment lengths in one measurement."""
+"""Number of different segment lengths in one measurement, at most."""
+_PER_LENGTH = 4
+"""Sequences of each length, so that each half has two and the spread within lengths can be told."""
 
 _TEXTS = (
     "The river rises in the mountains, runs south through three valleys, and reaches the sea near a small fishing town.",
@@ -80,7 +82,8 @@ def random_repeats(hooked: Hooked, n_sequences: int, *, seed: int) -> list[tuple
     """Sequences `[BOS] r r` of random tokens, in groups with a different length of r each.
 
     A single length could be solved by position alone, hence several: spread evenly from a quarter of the longest
-    possible one (at most `MAX_REPEAT`), the same for every seed, because chance depends on them. The tokens of one r are
+    possible one (at most `MAX_REPEAT`), the same for every seed, because chance depends on them. Of few sequences there
+    are `_PER_LENGTH` of each length, but two lengths at least. The tokens of one r are
     distinct, drawn by frequency without replacement, so that the earlier copy of a token is unique and a perfect
     induction head scores 1.
 
@@ -99,7 +102,8 @@ def random_repeats(hooked: Hooked, n_sequences: int, *, seed: int) -> list[tuple
             f"{hooked.n_ctx} and {int((frequencies > 0).sum())} ordinary tokens"
         )
     rng = np.random.default_rng(seed)
-    lengths = np.unique(np.linspace(max(4, longest // 4), longest, min(N_LENGTHS, n_sequences)).astype(int))
+    n_lengths = min(n_sequences, N_LENGTHS, max(2, n_sequences // _PER_LENGTH))
+    lengths = np.unique(np.linspace(max(4, longest // 4), longest, n_lengths).astype(int))
     groups = []
     for length, chosen in zip(lengths, np.array_split(np.arange(n_sequences), len(lengths)), strict=True):
         segment = np.stack([rng.choice(len(frequencies), int(length), replace=False, p=frequencies) for _ in chosen])

@@ -18,10 +18,11 @@ from torch import Tensor
 from mechhier.grammars import DocumentGrammar
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked
 from mechhier.models.loading import model_info
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.probes.attention import reduce_patterns
 from mechhier.probes.provenance import provenance
-from mechhier.results import Variables, scored
+from mechhier.results import MIN_SAMPLES, Variables, scored, warn_undefined
 
 DEFINITION = (
     "k_order_induction: attention at lag exactly n on r r, i.e. to the same token's earlier copy. hydra_drop: logit of "
@@ -40,6 +41,7 @@ N_FUNCTION_PROMPTS = 16
 TRANSITIONS = ("S->V", "V->O", "C->S")
 
 
+@in_default_torch_state
 def published(model: Any, *, n_sequences: int = 20, max_bytes: int = MAX_BYTES, seed: int = 0) -> xr.Dataset:
     """The paper's four scores as released, for comparison with `induction`, `function_vectors` and `hydra`.
 
@@ -69,7 +71,7 @@ def published(model: Any, *, n_sequences: int = 20, max_bytes: int = MAX_BYTES, 
     Returns:
         `k_order_induction` `[k, layer, head]`, `k_order_induction_max` `[k]`, `hydra_drop` `[distance, layer]` (logit; NaN
         for layer < distance), `syntax_mass` `[transition]`, `function_vector_probability`; with `_low`, `_high` except
-        the maximum, and `_uniform` for the first and for `syntax_mass`.
+        the maximum, and `_uniform` for the first and for `syntax_mass`. With fewer than 4 sequences bounds are NaN.
 
     Raises:
         TypeError: Not a hooked model.
@@ -80,6 +82,11 @@ def published(model: Any, *, n_sequences: int = 20, max_bytes: int = MAX_BYTES, 
     margin = min(MARGIN, hooked.d_vocab // 10)
     if segment <= max(ORDERS) + 4:
         raise ValueError(f"the published score needs a context of at least 32 tokens, the model has {hooked.n_ctx}")
+    if n_sequences < MIN_SAMPLES:
+        warn_undefined(
+            f"published: an interval needs {MIN_SAMPLES} sequences, of {n_sequences} there is none: the bounds of "
+            "k_order_induction, hydra_drop and syntax_mass are NaN"
+        )
     rng = np.random.default_rng(seed)
     variables = _k_order(hooked, segment, margin, n_sequences, rng, seed=seed)
     text, tokens = natural_tokens(hooked, n_sequences, seed=seed)

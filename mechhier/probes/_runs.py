@@ -15,7 +15,7 @@ from torch import Tensor
 from mechhier.models.hooked import Hook, Hooked, SiteName
 from mechhier.probes.components import Index, at
 from mechhier.probes.metrics import Metric, name_of
-from mechhier.results import Variables, mean_interval, scored
+from mechhier.results import MIN_SAMPLES, UNBOUNDED, Variables, mean_interval, scored, warn_undefined
 
 Start: TypeAlias = "tuple[int, Float[Tensor, 'sequence pos d_model']] | None"
 """A layer and the stream of all sequences that enters it; None is the tokens."""
@@ -159,6 +159,8 @@ def change(
     name, units = name_of(metric)
     expanded = clean.reshape(-1, *[1] * (edited.ndim - 1))
     ones = np.ones_like
+    if len(clean) < MIN_SAMPLES:
+        warn_undefined(_no_bounds(len(clean)))
     return (
         scored("clean", (), clean, ones(clean), long_name=f"{name}, unedited run", units=units, seed=seed)
         | scored("edited", dims, edited, ones(edited), long_name=f"{name}, {verb}", units=units, seed=seed)
@@ -170,6 +172,7 @@ def change(
             long_name=f"change of the {name}, {verb}",
             units=units,
             seed=seed,
+            change=True,
         )
     )
 
@@ -187,30 +190,43 @@ def recovery(
     """`clean`, `corrupted`, `patched` (or what `key` calls it) and `recovered`, with intervals.
 
     recovered = (patched - corrupted) / (clean - corrupted), both differences summed over sequences. It is NaN where clean
-    and corrupted do not differ: where the interval of their mean difference contains 0 or, with one sequence, where it
-    is no more than rounding.
+    and corrupted are not known to differ: where the interval of their mean difference contains 0, where the difference is
+    no more than rounding, and with fewer than `MIN_SAMPLES` sequences, which have no interval. That is said once.
     """
     name, units = name_of(metric)
     ones, variables = np.ones_like, {}
-    for run_name, values, run_dims in (("clean", clean, ()), ("corrupted", corrupted, ()), (key, patched, dims)):
-        words = f"{name}, {run_name} run" if values is not patched else f"{name}, {key}"
-        variables |= scored(run_name, run_dims, values, ones(values), long_name=words, units=units, seed=seed)
-    gap = clean - corrupted
-    if not differ(clean, corrupted, seed=seed):
-        gap = np.zeros_like(gap)
+    for run_name, values in (("clean", clean), ("corrupted", corrupted)):
+        words = f"{name}, {run_name} run"
+        variables |= scored(run_name, (), values, ones(values), long_name=words, units=units, seed=seed)
+    # What is estimated to first order has no range.
+    bounds = None if key == "patched" else UNBOUNDED
+    words = f"{name}, {key}"
+    variables |= scored(key, dims, patched, ones(patched), long_name=words, units=units, seed=seed, bounds=bounds)
     expand = (slice(None), *[None] * (patched.ndim - 1))
-    gain = np.where(gap.any(), patched - corrupted[expand], np.nan)
-    counts = np.broadcast_to(gap[expand], patched.shape)
-    return variables | scored(
-        "recovered", dims, gain, counts, long_name=f"share of the {name} recovered", units="1", seed=seed
-    )
+    gap = (clean - corrupted)[expand]
+    if len(clean) < MIN_SAMPLES:
+        warn_undefined(f"{_no_bounds(len(clean))}, nor can the runs be known to differ: recovered is NaN")
+        gap = np.full_like(gap, np.nan)
+    elif not differ(clean, corrupted, seed=seed):
+        warn_undefined(
+            f"the {name} of the clean and of the corrupted run does not differ by more than its interval over "
+            f"{len(clean)} sequences, so that there is nothing to recover: recovered is NaN"
+        )
+        gap = np.full_like(gap, np.nan)
+    long_name = f"share of the {name} recovered"
+    gain = patched - corrupted[expand]
+    return variables | scored("recovered", dims, gain, gap, long_name=long_name, units="1", seed=seed)
+
+
+def _no_bounds(n: int) -> str:
+    return f"an interval needs {MIN_SAMPLES} sequences, of {n} there is none: all bounds are NaN"
 
 
 def differ(clean: Float[np.ndarray, " sequence"], corrupted: Float[np.ndarray, " sequence"], *, seed: int) -> bool:
-    """Whether two runs' means differ by more than noise: that over sequences, and rounding."""
+    """Whether two runs' means differ by more than noise: that over sequences, of which it needs four, and rounding."""
     mean, low, high = mean_interval(clean - corrupted, np.ones_like(clean), seed=seed)
     rounding = _ROUNDING * max(float(np.abs(clean).mean()), float(np.abs(corrupted).mean()))
-    return bool(abs(mean) > rounding and not low <= 0 <= high)
+    return bool(abs(mean) > rounding and (low > 0 or high < 0))
 
 
 def labelled(variables: Variables, coords: dict[str, Any], attributes: dict[str, Any]) -> xr.Dataset:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, rows_being_run
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.components import (
     MLP,
@@ -46,52 +47,76 @@ DEFINITION = (
 SOURCE = "McGrath et al. 2023, The Hydra Effect (resample ablation); Chan et al. 2022, Causal Scrubbing"
 USUAL_PATCHES = 15
 """Least number of patches in McGrath et al."""
+_DEFAULT_PATCHES = 16
 
 
-def check_ablation(ablation: str, n_sequences: int, n_patches: int) -> None:
-    """Refuse an unknown ablation, and one that has too few donors.
+def check_ablation(ablation: str, n_sequences: int, n_patches: int | None) -> int:
+    """Refuse an unknown ablation, and one that has too few donors; say how many patches there are.
+
+    Returns:
+        The number of versions of every sequence: `n_patches` when resampling, by default 16 or as many as there are
+        other sequences; 1 for another ablation.
 
     Raises:
         ValueError: The ablation is unknown, or resampling asks for more donors than there are other sequences.
     """
     if ablation not in get_args(Ablation):
         raise ValueError(f"ablation must be one of {', '.join(get_args(Ablation))}, got {ablation!r}")
-    if ablation == "resample" and not 1 <= n_patches < n_sequences:
+    if ablation != "resample":
+        return 1
+    if n_sequences < 2:
+        raise ValueError(
+            f"resample ablation patches from other sequences: it needs at least 2 sequences, got {n_sequences}"
+        )
+    if n_patches is None:
+        return min(_DEFAULT_PATCHES, n_sequences - 1)
+    if not 1 <= n_patches < n_sequences:
         raise ValueError(
             f"resample ablation patches from n_patches other sequences: with {n_sequences} sequences n_patches must lie "
             f"in 1..{n_sequences - 1}, got {n_patches}"
         )
+    return n_patches
+
+
+def draw_donors(
+    n_sequences: int, n_donors: int, n_patches: int, *, own: bool, generator: torch.Generator
+) -> Int[Tensor, "patch sequence"]:
+    """Different donors for each sequence when resampling, drawn with the generator.
+
+    Sequence i takes from i + shift, modulo the number of donors, with different random shifts: every sequence donates
+    equally often, and rows that lie in order of likeness are not given their neighbours.
+
+    Args:
+        n_sequences: Sequences that take.
+        n_donors: Sequences that give.
+        n_patches: Donors of each sequence.
+        own: The sequences give to each other, and never to themselves.
+        generator: Of the shifts.
+    """
+    shifts = torch.randperm(n_donors - own, generator=generator)[:n_patches] + int(own)
+    return (torch.arange(n_sequences) + shifts[:, None]) % n_donors
 
 
 def replacements(
-    writes: Float[Tensor, "sequence pos d_model"], ablation: Ablation, *, n_patches: int
+    writes: Float[Tensor, "sequence pos d_model"], ablation: Ablation, donors: Int[Tensor, "patch sequence"] | None
 ) -> Iterator[Float[Tensor, "sequence pos d_model"]]:
-    """Every version of the ablated write: `n_patches` for "resample", one for "mean" and "zero".
+    """Every version of the ablated write: one for each patch for "resample", one for "mean" and "zero".
 
-    - "resample": the same position of another sequence; each sequence meets `n_patches` different donors.
+    - "resample": the same position of the sequences that `donors` names (`draw_donors`).
     - "mean": the mean over all sequences and positions.
     - "zero": nothing.
     """
     if ablation == "resample":
-        for shift in range(1, n_patches + 1):
-            yield writes.roll(shift, dims=0)
+        assert donors is not None
+        for donor in donors:
+            yield writes[donor.to(writes.device)]
     elif ablation == "mean":
         yield writes.float().mean(dim=(0, 1)).to(writes.dtype).expand_as(writes)
     else:
         yield torch.zeros_like(writes)
 
 
-def matched_noise(
-    writes: Float[Tensor, "sequence pos d_model"],
-    replaced: Float[Tensor, "sequence pos d_model"],
-    generator: torch.Generator,
-) -> Float[Tensor, "sequence pos d_model"]:
-    """`writes` moved as far as the ablation moved them, in a random direction: the null of an ablation."""
-    noise = torch.randn(writes.shape, generator=generator).to(device=writes.device, dtype=torch.float32)
-    distance = (replaced - writes).float().norm(dim=-1, keepdim=True)
-    return writes + (noise / noise.norm(dim=-1, keepdim=True) * distance).to(writes.dtype)
-
-
+@in_default_torch_state
 def ablate(
     model: Any,
     components: Entries,
@@ -100,7 +125,7 @@ def ablate(
     ablation: Ablation = "resample",
     reference: Int[Any, "other pos"] | None = None,
     roles: Int[Any, "sequence pos"] | None = None,
-    n_patches: int = 16,
+    n_patches: int | None = None,
     metric: Metric | None = None,
     max_bytes: int = MAX_BYTES,
     seed: int = 0,
@@ -123,7 +148,8 @@ def ablate(
             default `tokens`, each sequence taking from the others.
         roles: A label of every position, for instance its syntactic category: the donor is then a random position of the
             same role in another sequence (role-matched), not the same position (position-matched).
-        n_patches: Different donors of each sequence when resampling; 15 or more are usual (see `SOURCE`).
+        n_patches: Different donors of each sequence when resampling, by default 16 or as many as there are; 15 or more
+            are usual (see `SOURCE`).
         metric: By default the next-token loss of `tokens`.
         max_bytes: Working memory of one batch.
         seed: Of donors and bootstrap.
@@ -155,14 +181,13 @@ def ablate(
     metric = loss(tokens) if metric is None else metric
     own = reference is None
     donors_tokens = tokens if reference is None else _check_reference(hooked, reference, tokens)
-    check_ablation(ablation, len(tokens) if own else len(donors_tokens) + 1, n_patches)
+    n_patches = check_ablation(ablation, len(tokens) if own else len(donors_tokens) + 1, n_patches)
     if roles is not None and (ablation != "resample" or not own):
         raise ValueError(
             "roles choose the donors of resample ablation among `tokens`: give neither reference nor another ablation"
         )
     generator = torch.Generator().manual_seed(seed)
     if ablation != "resample":
-        n_patches = 1
         donors: Donors | None = None
     elif roles is None:
         donors = _same_position(len(tokens), len(donors_tokens), tokens.shape[1], n_patches, own, generator)
@@ -218,6 +243,7 @@ def ablate(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def ablated(
     model: Any,
@@ -322,9 +348,8 @@ def _check_roles(roles: Any, tokens: Tensor) -> Int[Tensor, "sequence pos"]:
 
 
 def _same_position(n: int, n_donors: int, length: int, n_patches: int, own: bool, generator: torch.Generator) -> Donors:
-    """Different other sequences for each sequence, the same shifts for all, at every position."""
-    shifts = torch.randperm(n_donors - own, generator=generator)[:n_patches] + int(own)
-    sequences = (torch.arange(n) + shifts[:, None]) % n_donors
+    """Different other sequences for each sequence, at every position."""
+    sequences = draw_donors(n, n_donors, n_patches, own=own, generator=generator)
     shape = (n_patches, n, length)
     return sequences[..., None].expand(shape), torch.arange(length).expand(shape)
 

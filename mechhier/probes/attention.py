@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, rows_being_run
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.components import Head, check, grouped, label
 from mechhier.probes.metrics import Metric, loss, name_of
@@ -31,6 +32,7 @@ KNOCK_OUT = (
 _EFFECT = "effect = metric(edited) - metric(clean), mean over sequences"
 
 
+@in_default_torch_state
 def reduce_patterns(
     hooked: Hooked,
     tokens: Int[Tensor, "batch pos"],
@@ -49,6 +51,7 @@ def reduce_patterns(
     return reduced
 
 
+@in_default_torch_state
 def patterns(
     hooked: Hooked, tokens: Int[Tensor, "batch pos"], heads: list[tuple[int, int]]
 ) -> Float[np.ndarray, "batch chosen query key"]:
@@ -94,6 +97,7 @@ class Edge:
         return f"{where or 'all'} {_words(self.queries)}→{_words(self.keys)}"
 
 
+@in_default_torch_state
 def knock_out(
     model: Any,
     tokens: Int[Any, "sequence pos"],
@@ -106,7 +110,8 @@ def knock_out(
     """The effect on a metric of cutting attention from some positions to others, one entry after the other.
 
     The chosen entries of the pattern are set to zero and their rows renormalised: the same as masking the scores before
-    the softmax (Geva et al. 2023). A row that has nothing left, as far as its dtype resolves, attends to nothing.
+    the softmax (Geva et al. 2023). In a model with attention sinks (gpt-oss) the sink stays in the softmax. A row that
+    has nothing left, as far as its dtype resolves, attends to nothing.
 
     Cost: one forward pass, and for each entry one over the layers from its first on.
 
@@ -157,6 +162,7 @@ def knock_out(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def knocked_out(model: Any, edges: Sequence[Edge | tuple[Edge, ...]]) -> Iterator[None]:
     """Inside the block every call of the model is without these edges; see `knock_out`, and `ablated` for contexts.
@@ -188,6 +194,7 @@ def knocked_out(model: Any, edges: Sequence[Edge | tuple[Edge, ...]]) -> Iterato
         yield
 
 
+@in_default_torch_state
 def force_pattern(
     model: Any,
     tokens: Int[Any, "sequence pos"],
@@ -256,6 +263,7 @@ def force_pattern(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def forced_pattern(model: Any, heads: Sequence[Head | tuple[Head, ...]], pattern: ForcedPattern) -> Iterator[None]:
     """Inside the block these heads have this pattern in every call; see `force_pattern`, and `ablated` for contexts.
@@ -336,6 +344,9 @@ def _knocking_out(hooked: Hooked, edges: Sequence[Edge]) -> list[Hook]:
             cut = cut.to(pattern.device)
             left = pattern.float().masked_fill(cut, 0.0)
             total = left.sum(-1, keepdim=True)
+            if hooked.verification.has_sinks:
+                # What goes to no key takes part in the softmax, and keeps its part.
+                total = total + (1.0 - pattern.float().sum(-1, keepdim=True)).clamp(min=0.0)
             share = torch.where(total > 0, left / total, 0.0)
             return torch.where(cut.any(-1, keepdim=True), share.to(pattern.dtype), pattern)
 

@@ -12,17 +12,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.metrics import Metric, name_of
 from mechhier.probes.patching import Direction, Plan, patched_values
 from mechhier.probes.provenance import provenance
-from mechhier.results import CONFIDENCE, N_RESAMPLES, Variables, scored
+from mechhier.results import UNBOUNDED, correlation_interval, scored, warn_undefined, with_bounds
 
 DEFINITION = (
     "attribution = (source - base) . gradient of the metric at the base run, summed over what is patched at once: the first "
     "order of patched - base. base is the corrupted run and source the clean one (denoise), or the reverse (noise). "
     "estimated = base + attribution; recovered = (estimated - corrupted) / (clean - corrupted), sums over sequences; NaN "
-    "where the interval of clean - corrupted contains 0. effect = patched - base, exactly; correlation = Pearson's, of the "
+    "unless the interval of clean - corrupted, which needs 4 sequences, leaves out 0. effect = patched - base, exactly; "
+    "correlation = Pearson's, of the "
     "means of attribution and effect over all sites, layers and positions or heads"
 )
 SOURCE = (
@@ -30,6 +32,7 @@ SOURCE = (
 )
 
 
+@in_default_torch_state
 def attribution_patch(
     model: Any,
     clean: Int[Any, "sequence pos"],
@@ -66,7 +69,7 @@ def attribution_patch(
     Returns:
         `attribution` and `estimated` (the metric's units) and `recovered`, with the dims of `patch`, and the scalars `clean`
         and `corrupted`; with `exact` also `effect`, the patches' true effect, and the scalar `correlation`. Each with
-        `_low`, `_high` (95 %, bootstrap over sequences).
+        `_low`, `_high` (95 %, studentised bootstrap over sequences).
 
     Raises:
         TypeError: Not a hooked model.
@@ -100,16 +103,28 @@ def attribution_patch(
     )
     words = f"attributed change of the {name}"
     variables |= scored(
-        "attribution", plan.dims, attribution, np.ones_like(attribution), long_name=words, units=units, seed=seed
+        "attribution",
+        plan.dims,
+        attribution,
+        np.ones_like(attribution),
+        long_name=words,
+        units=units,
+        seed=seed,
+        bounds=UNBOUNDED,
     )
     if exact:
         effect = patched_values(hooked, plan, metric) - base[:, None, None, None]
         by_cell = plan.squeezed(effect)
         words = f"change of the {name}, patched"
         variables |= scored(
-            "effect", plan.dims, by_cell, np.ones_like(by_cell), long_name=words, units=units, seed=seed
+            "effect", plan.dims, by_cell, np.ones_like(by_cell), long_name=words, units=units, seed=seed, change=True
         )
-        variables |= _correlation(found, effect, seed=seed)
+        found, effect = (values.reshape(len(values), -1) for values in (found, effect))
+        correlation = correlation_interval(found, effect, seed=seed)
+        if np.isnan(correlation[0]):
+            warn_undefined("attribution or effect is the same everywhere: their correlation is NaN")
+        words = "correlation of attribution and effect"
+        variables |= with_bounds("correlation", (), correlation, long_name=words, units="1")
     return _runs.labelled(
         variables,
         plan.coords,
@@ -176,28 +191,3 @@ def _by_unit(plan: Plan, site: SiteName, product: Tensor) -> Float[Tensor, "batc
         product = product if site == "pattern" else product.transpose(1, 2)  # row, head, position, ...
         product = product if plan.position is None else product[:, :, plan.position]
     return product.detach().float().flatten(2).sum(-1).cpu().double()
-
-
-def _correlation(
-    attribution: Float[np.ndarray, "sequence ..."], effect: Float[np.ndarray, "sequence ..."], *, seed: int
-) -> Variables:
-    """Pearson's correlation over cells of the means over sequences, whole sequences resampled."""
-    n = len(attribution)
-    x, y = attribution.reshape(n, -1), effect.reshape(n, -1)
-
-    def correlate(weights: Float[np.ndarray, "draw sequence"]) -> Float[np.ndarray, " draw"]:
-        a, b = weights @ x, weights @ y
-        a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
-
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
-    tails = (1 - CONFIDENCE) / 2
-    low, high = np.nanquantile(correlate(draws), [tails, 1 - tails]) if n > 1 else (np.nan, np.nan)
-    value = correlate(np.full((1, n), 1 / n))[0]
-    label = "correlation of attribution and effect"
-    labels = (label, f"{label}, lower bound (95 %)", f"{label}, upper bound (95 %)")
-    return {
-        f"correlation{suffix}": ((), np.asarray(number), {"long_name": words, "units": "1"})
-        for suffix, number, words in zip(("", "_low", "_high"), (value, low, high), labels, strict=True)
-    }

@@ -100,7 +100,7 @@ def locate(hooked: Hooked, part: Part) -> tuple[SiteName, int, Index]:
     """Where a part of the model is: its site, its layer, and its place in the activation after batch and position."""
     if isinstance(part, HeadInput):
         # As many queries as heads; keys and values may be shared by groups of them.
-        group = 1 if part.input == "q" else hooked.n_heads // _n_kv_heads(hooked)
+        group = 1 if part.input == "q" else hooked.n_heads // hooked.n_kv_heads
         return part.input, part.layer, (part.head // group,)
     if isinstance(part, Head):
         index: Index = (part.head,)
@@ -165,11 +165,7 @@ def check(hooked: Hooked, parts: Iterable[Part]) -> None:
             raise ValueError(f"no {part}: the model has heads 0..{hooked.n_heads - 1} in every layer")
         if isinstance(part, HeadInput) and part.input not in get_args(Input):
             raise ValueError(f"no {part}: the inputs of a head are {', '.join(get_args(Input))}")
-        if isinstance(part, MLP | Neurons) and getattr(hooked.cfg, "attn_only", False):
+        if isinstance(part, MLP | Neurons) and hooked.attn_only:
             raise ValueError(f"no {part}: the model has attention layers only")
-        if isinstance(part, Neurons) and not 0 <= part.start < part.stop <= hooked.cfg.d_mlp:
-            raise ValueError(f"no {part}: a range of neurons must lie in 0..{hooked.cfg.d_mlp} and not be empty")
-
-
-def _n_kv_heads(hooked: Hooked) -> int:
-    return int(getattr(hooked.cfg, "n_key_value_heads", None) or hooked.n_heads)
+        if isinstance(part, Neurons) and not 0 <= part.start < part.stop <= hooked.d_mlp:
+            raise ValueError(f"no {part}: a range of neurons must lie in 0..{hooked.d_mlp} and not be empty")

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.models.torch_state import in_default_torch_state
+
 
 class Metric(Protocol):
     """A number for each of some sequences.
@@ -42,6 +44,7 @@ class _Named:
 PerSequence: TypeAlias = "int | Int[Any, ' sequence']"
 
 
+@in_default_torch_state
 def logit_difference(answers: PerSequence, wrong: PerSequence, *, position: PerSequence = -1) -> Metric:
     """The logit of the right answer minus that of a wrong one, in logits.
 
@@ -63,6 +66,7 @@ def logit_difference(answers: PerSequence, wrong: PerSequence, *, position: PerS
     return _Named("logit difference", "logit", measure)
 
 
+@in_default_torch_state
 def log_probability(answers: PerSequence, *, position: PerSequence = -1) -> Metric:
     """The answer's log-probability, in nats; arguments and errors as `logit_difference`."""
     right, where = _ids(answers, "answers"), _ids(position, "position")
@@ -73,6 +77,7 @@ def log_probability(answers: PerSequence, *, position: PerSequence = -1) -> Metr
     return _Named("log-probability of the answer", "nat", measure)
 
 
+@in_default_torch_state
 def probability(answers: PerSequence, *, position: PerSequence = -1) -> Metric:
     """The answer's probability; arguments and errors as `logit_difference`."""
     right, where = _ids(answers, "answers"), _ids(position, "position")
@@ -83,6 +88,7 @@ def probability(answers: PerSequence, *, position: PerSequence = -1) -> Metric:
     return _Named("probability of the answer", "probability", measure)
 
 
+@in_default_torch_state
 def kl_divergence(
     reference_logits: Float[Tensor, "sequence pos d_vocab"] | Float[Tensor, "sequence d_vocab"],
     *,
@@ -113,6 +119,7 @@ def kl_divergence(
     return _Named("KL divergence from the reference", "nat", measure)
 
 
+@in_default_torch_state
 def loss(tokens: Int[Any, "sequence pos"]) -> Metric:
     """Mean next-token loss of a sequence, in nats per token.
 
@@ -154,7 +161,7 @@ def _ids(values: PerSequence, name: str) -> Tensor:
     ids = torch.as_tensor(values)
     if ids.ndim > 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{name} must be an integer, or one for every sequence, got {values!r}")
-    return ids.long()
+    return ids.clone().long() if ids.is_inference() else ids.long()  # autograd keeps no tensor of inference mode
 
 
 def _of_rows(values: Tensor, rows: Tensor, name: str) -> Tensor:

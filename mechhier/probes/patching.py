@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, HookFunction, SiteName, rows_being_run
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import Component, HeadInput, Index, Resid, check, grouped, locate
@@ -30,11 +31,13 @@ HEAD_SITES = ("q", "k", "v", "z", "pattern")
 DEFINITION = (
     "patched = metric of one run with one activation taken from the other run, all that follows recomputed; denoise: the "
     "corrupted run with a clean activation, noise: the clean run with a corrupted one. recovered = (patched - corrupted) / "
-    "(clean - corrupted), sums over sequences; NaN where the interval of clean - corrupted contains 0"
+    "(clean - corrupted), sums over sequences; NaN unless the interval of clean - corrupted, which needs 4 sequences, leaves "
+    "out 0"
 )
 SOURCE = "Meng et al. 2022, Locating and Editing Factual Associations in GPT; Heimersheim & Nanda 2024"
 
 
+@in_default_torch_state
 def patch(
     model: Any,
     clean: Int[Any, "sequence pos"],
@@ -69,7 +72,7 @@ def patch(
     Returns:
         `patched` (the metric's units) and `recovered` (1 the clean run's, 0 the corrupted run's metric),
         `[layer, position]` or `[layer, head]`, with a dim `site` before them where several sites were given; the scalars
-        `clean` and `corrupted`. Each with `_low`, `_high` (95 %, bootstrap over sequences).
+        `clean` and `corrupted`. Each with `_low`, `_high` (95 %, studentised bootstrap over sequences).
 
     Raises:
         TypeError: Not a hooked model.
@@ -111,6 +114,7 @@ def patch(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def patched(
     model: Any,
@@ -222,7 +226,7 @@ class Plan:
             raise ValueError(f"sites must be one or several of {', '.join(known)}, got {sites!r}")
         if direction not in get_args(Direction):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
-        grouped_heads = int(getattr(hooked.cfg, "n_key_value_heads", None) or hooked.n_heads)
+        grouped_heads = hooked.n_kv_heads
         units = {
             first.shape[1] if name in POSITION_SITES else grouped_heads if name in ("k", "v") else hooked.n_heads
             for name in names
@@ -235,7 +239,7 @@ class Plan:
             (position,) = _positions(position, first.shape[1])
         if "resid_mid" in names and hooked.parallel:
             raise ValueError("resid_mid does not exist in a model whose attention and MLP run in parallel")
-        if "mlp_out" in names and getattr(hooked.cfg, "attn_only", False):
+        if "mlp_out" in names and hooked.attn_only:
             raise ValueError("mlp_out does not exist in a model of attention layers only")
         return cls(first, second, names, units.pop(), hooked.n_layers, position, direction, single)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
+from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import (
@@ -38,14 +39,15 @@ DEFINITION = (
     "Run C: the clean run, the sender's output taken from the corrupted run, the output z of every other head frozen at the "
     "clean run's; norms {mlps} recomputed. Receiver logits: patched = metric of run C. Receivers q, k, v of heads: patched = "
     "metric of the clean run with those inputs taken from run C, all that follows recomputed. effect = patched - clean; "
-    "recovered = (patched - corrupted) / (clean - corrupted), sums over sequences; NaN where the interval of clean - "
-    "corrupted contains 0"
+    "recovered = (patched - corrupted) / (clean - corrupted), sums over sequences; NaN unless the interval of clean - "
+    "corrupted, which needs 4 sequences, leaves out 0"
 )
 SOURCE = (
     "Wang et al. 2022, Interpretability in the Wild (appendix B); Goldowsky-Dill et al. 2023, Localizing Model Behavior"
 )
 
 
+@in_default_torch_state
 def path_patch(
     model: Any,
     clean: Int[Any, "sequence pos"],
@@ -82,8 +84,8 @@ def path_patch(
 
     Returns:
         `patched` and `effect` (the metric's units) and `recovered`, `[sender, receiver]`, and the scalars `clean` and
-        `corrupted`; each with `_low`, `_high` (95 %, bootstrap over sequences). Where no path leads from a sender to a
-        receiver `patched` is `clean`.
+        `corrupted`; each with `_low`, `_high` (95 %, studentised bootstrap over sequences). Where no path leads from a
+        sender to a receiver `patched` is `clean`.
 
     Raises:
         TypeError: Not a hooked model, or not a component.
@@ -124,7 +126,9 @@ def path_patch(
     variables = _runs.recovery(dims, values["clean"], values["corrupted"], patched, metric, seed=seed)
     effect = patched - values["clean"][:, None, None]
     words = f"change of the {name} along the path"
-    variables |= scored("effect", dims, effect, np.ones_like(effect), long_name=words, units=units, seed=seed)
+    variables |= scored(
+        "effect", dims, effect, np.ones_like(effect), long_name=words, units=units, seed=seed, change=True
+    )
     return _runs.labelled(
         variables,
         labels,
@@ -141,6 +145,7 @@ def path_patch(
     )
 
 
+@entered_in_default_torch_state
 @contextmanager
 def path_patched(
     model: Any,
@@ -218,7 +223,7 @@ class _Paths:
         layers = range(hooked.n_layers)
         frozen: set[_runs.Site] = {("z", layer) for layer in layers}
         parts = {part for entry in senders for part in entry}
-        if freeze_mlps and not getattr(hooked.cfg, "attn_only", False):
+        if freeze_mlps and not hooked.attn_only:
             frozen |= {("mlp_out", layer) for layer in layers}
             frozen |= {("mlp_post", part.layer) for part in parts if isinstance(part, Neurons)}
         starts = {part.layer for entry in (*senders, *receivers) for part in entry} - {0}

@@ -6,7 +6,7 @@ from typing import Any
 
 from mechhier.models.hooked import Hooked
 from mechhier.models.loading import bos_token_id, model_info, weight_processing
-from mechhier.results import netcdf_safe, versions
+from mechhier.results import INTERVAL, netcdf_safe, versions
 
 
 def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str, **settings: Any) -> dict[str, Any]:
@@ -30,11 +30,12 @@ def provenance(hooked: Hooked, *, phenomenon: str, definition: str, source: str,
             "model": getattr(hooked.cfg, "model_name", "unknown"),
             **described,
             "processing": weight_processing(hooked.model),
+            "verification": str(hooked.verification),
             "bos": _bos(hooked),
             "model_class": type(hooked.model).__name__,
             "dtype": str(hooked.dtype).removeprefix("torch."),
             "device": str(hooked.device),
-            "interval": "95 % percentile bootstrap over sequences, 999 resamples",
+            "interval": INTERVAL.format(samples="sequences"),
             **settings,
             **versions(),
         }

@@ -31,7 +31,7 @@ TITLES = {
 }
 NULLS = {
     "induction": "null: uniform attention; on text: syntax alone",
-    "hydra": "null: random perturbation of the same norm",
+    "hydra": "null: the part writing in random directions",
     "function_vectors": "null",
     "published": "null",
     **dict.fromkeys(interventions.TITLES, ""),

@@ -28,7 +28,7 @@ class Curve:
         color: `#rrggbb`.
         low: lower end of the interval at every point.
         high: upper end.
-        null: the value under the null (uniform attention, random perturbation ...) at every point.
+        null: the value under the null (uniform attention, random directions ...) at every point.
         dash: plotly's dash style.
         symbol: marker, or None for a line without markers.
         line: whether the points are joined.

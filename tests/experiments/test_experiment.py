@@ -59,7 +59,7 @@ def test_one_command_leaves_report_and_results_and_says_where(spec, tmp_path):
     result = CliRunner().invoke(app, ["run", str(spec), "--out", str(out)])
     assert result.exit_code == 0, result.output
     page = (out / "report.html").read_text()
-    for text in ("Induction heads", "Hydra effect", "Function vectors", "uniform attention", "random perturbation"):
+    for text in ("Induction heads", "Hydra effect", "Function vectors", "uniform attention", "random directions"):
         assert text in page
     tree = xr.open_datatree(out / "results.nc", engine="h5netcdf")
     assert {arm: set(tree[arm].children) for arm in tree.children} == {

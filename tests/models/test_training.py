@@ -3,6 +3,7 @@ import math
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 import struct
 import time
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechhier.models import training
 from mechhier.models.run import Run, RunError
-from mechhier.models.spec import ModelSpec, checkpoint_steps
+from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
 from mechhier.models.training import TrainingError, diverged, train
 
 
@@ -53,7 +54,7 @@ def test_training_equals_a_plain_pytorch_loop(plan, reference):
     rows = torch.from_numpy(plan.corpus.rows(0, 40))
     losses = []
     for step in range(12):
-        warmup, progress = step / 2, (step - 2) / (12 - 2)
+        warmup, progress = (step + 1) / 2, (step + 1 - 2) / (12 - 2)
         cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * progress)) / 2
         optimizer.param_groups[0]["lr"] = 3e-3 * (warmup if step < 2 else cosine)
         batch = rows[[(step * 4 + i) % 40 for i in range(4)]]
@@ -66,6 +67,42 @@ def test_training_equals_a_plain_pytorch_loop(plan, reference):
     assert reference.log["loss"].to_list()[1:] == pytest.approx(losses, abs=1e-5)
     for name, weight in weights(reference, 12).items():
         torch.testing.assert_close(weight, model.state_dict()[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "rates"),
+    [
+        (6, 2, [0.5, 1, 1 - 0.9 * (1 - math.sqrt(0.5)) / 2, 0.55, 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2, 0.1]),
+        (3, 0, [1, 0.55, 0.1]),
+        (3, 1, [1, 0.55, 0.1]),
+        (3, 2, [0.5, 1, 0.1]),
+        (2, 0, [1, 0.1]),
+        (1, 0, [0.1]),
+    ],
+)
+def test_rates_rise_from_the_first_step_and_end_at_the_given_fraction(plan, tmp_path, steps, warmup, rates):
+    settings = plan.train.model_copy(update={"steps": steps, "warmup_steps": warmup, "n_checkpoints": 2})
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+    assert run.log["learning_rate"].to_list()[1:] == pytest.approx([3e-3 * rate for rate in rates], rel=1e-12)
+    assert run.log["learning_rate"].iloc[-1] == 3e-3 * 0.1
+
+
+def test_the_first_step_changes_the_weights(reference):
+    untrained, first = weights(reference, 0), weights(reference, 1)
+    assert all(not torch.equal(first[name], weight) for name, weight in untrained.items())
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 0), (3, 1), (10, 3), (299, 99), (300, 100), (360, 100)])
+def test_the_default_warm_up_is_a_third_of_a_short_training(plan, steps, warmup):
+    settings = TrainSpec(steps=steps, batch_size=4, n_checkpoints=2, eval_rows=6)
+    assert training._plan(plan.spec, plan.corpus, settings).train.warmup_steps == warmup
+
+
+def test_a_training_of_few_steps_needs_no_warm_up_given(plan, tmp_path):
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=TrainSpec(batch_size=20, eval_rows=6, n_checkpoints=2))
+    assert run.steps == [0, 2]
+    assert run.train_spec.warmup_steps == 0
+    train(plan.spec, plan.corpus, tmp_path / "run", train=TrainSpec(batch_size=20, eval_rows=6, n_checkpoints=2))
 
 
 def test_eval_loss_is_hugging_faces_own_on_the_validation_rows(plan, reference):
@@ -312,6 +349,18 @@ def test_another_training_in_the_same_folder_is_refused_and_nothing_is_touched(p
     assert contents(reference.path) == before
 
 
+def test_a_run_of_the_former_schedule_is_returned_if_finished_and_never_gone_on_with(plan, reference, tmp_path):
+    shutil.copytree(reference.path, tmp_path / "run")
+    former = reference.manifest.model_copy(update={"format": 1})
+    former.write(tmp_path / "run")
+    assert train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train).manifest == former
+    former.model_copy(update={"finished": False}).write(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(RunError, match="took its steps at other learning rates"):
+        train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
+    assert contents(tmp_path / "run") == before
+
+
 def test_a_folder_with_other_things_is_refused(plan, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunError, match="not empty and not a run"):
@@ -413,6 +462,15 @@ def test_bfloat16_keeps_float32_weights_and_nearly_the_same_losses(plan, referen
     assert run.log["loss"][1:].to_list() == pytest.approx(reference.log["loss"][1:].to_list(), abs=0.02)
     assert run.log["loss"][12] != reference.log["loss"][12]
     assert "bfloat16 autocast" in run.manifest.device
+
+
+def test_evaluation_is_in_float32_whatever_the_precision_of_training(plan, tmp_path):
+    settings = plan.train.model_copy(update={"precision": "bfloat16"})
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=settings)
+    rows = torch.from_numpy(plan.corpus.held_out("validation", tokens=6 * 12).rows(0, 6))
+    model = AutoModelForCausalLM.from_pretrained(run.checkpoint(12))
+    with torch.no_grad():
+        assert run.log["eval_loss"][12] == pytest.approx(model(rows, labels=rows).loss.item(), abs=1e-6)
 
 
 def test_listed_checkpoints_are_kept_besides_the_grid(plan, reference, tmp_path):

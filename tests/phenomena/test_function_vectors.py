@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from dataclasses import fields, replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from random_models import CLASSES, random_hf, random_hooked
+from scipy import stats
 
 import mechhier as mh
 from mechhier.grammars import DocumentGrammar
@@ -18,9 +20,10 @@ from mechhier.models.loading import model_info
 from mechhier.models.planted import planted_function_vector
 from mechhier.phenomena.function_vectors import VECTORS
 from mechhier.phenomena.function_vectors.indirect import attributed_effects, by_query, indirect_effects
-from mechhier.phenomena.function_vectors.injection import function_vectors_of
+from mechhier.phenomena.function_vectors.injection import PROMPTS, Judged, _recovery, _task_vectors, function_vectors_of
 from mechhier.phenomena.tasks import Task, concatenate, grammar_tasks
 from mechhier.probes import Head, Hooked, ablated
+from mechhier.results import MeasurementWarning
 
 N_WORDS = 12
 GRAMMAR = DocumentGrammar(n_words=N_WORDS, n_connectors=1, lexicon=6, binding=1.0, p_chain=1.0)
@@ -682,3 +685,81 @@ def test_where_the_other_task_does_not_know_the_query_the_difference_is_to_a_wro
     np.testing.assert_allclose(fallen_back.dose_recovery, known.dose_recovery, atol=1e-6)
     assert known.accuracy_other.notnull().any()
     assert fallen_back.accuracy_other.isnull().all()
+
+
+def test_the_other_tasks_vector_is_one_that_the_other_task_has(short_tasks):
+    """Where it had none, zeros were put in place of the stream and counted."""
+    hf = random_hf("gpt2")
+    tasks = [answered_by(hf, with_separator(task)) for task in short_tasks]
+    hooked = Hooked(load_model(hf))
+
+    def with_dummy(task, rows):
+        dummy = np.where(np.asarray(rows)[:, None] < 0, -1, task.test.dummy[rows])
+        return replace(task, test=replace(task.test, dummy=dummy))
+
+    n = len(tasks[5].test.answers)
+    lacking = [*tasks[:5], with_dummy(tasks[5], [-1, *range(1, n)])]
+    filled = [*tasks[:5], with_dummy(tasks[5], 1 + np.arange(n) % (n - 1))]
+    (own, found), known = _task_vectors(hooked, lacking, [4])
+    (_, expected), _ = _task_vectors(hooked, filled, [4])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert known.all()
+    assert (found - own).abs().max() > 1e-3
+
+    without = [with_dummy(tasks[0], [-1] * n), *tasks[1:4], *(replace(task, other=tasks[0].name) for task in tasks[4:])]
+    result = mh.phenomena.function_vectors(hooked.model, without)
+    for name in ("accuracy", "accuracy_low", "recovery"):
+        assert result[name].sel(vector="other_task_vector").isnull().all()
+    assert result.accuracy.sel(vector="task_vector").notnull().all()
+    assert result.attrs["n_task_vectors"] == result.attrs["n_test_prompts"]
+
+
+def test_accuracies_have_wilsons_interval_of_prompts_over_their_design_effect(case):
+    tasks, result = case[1:]
+    test = concatenate(
+        [tasks[index].test for index in range(len(tasks) - result.attrs["n_tasks_held_out"], len(tasks))]
+    )
+    n, n_queries = len(test.answers), len(np.unique(test.queries))
+    share = float(result.accuracy_clean)
+    low, high = float(result.accuracy_clean_low), float(result.accuracy_clean_high)
+    # No narrower than of independent prompts, no wider than of independent queries.
+    widest, narrowest = (
+        stats.binomtest(round(share * each), each).proportion_ci(method="wilson") for each in (n_queries, n)
+    )
+    assert 0 <= low <= narrowest.low + 1e-9
+    assert narrowest.high - 1e-9 <= high <= 1
+    assert high - low <= widest.high - widest.low + 0.1
+    assert "Wilson" in result.attrs["interval"]
+
+
+def test_an_untrained_model_recovers_nothing_and_says_so_once(tasks):
+    sizes = {"vocab_size": GRAMMAR.vocab_size, "eos_token_id": GRAMMAR.eos_token_id, "n_ctx": 40}
+    model = load_model(mh.ModelSpec("llama", n_layers=2, d_model=32, n_heads=2).build(**sizes, seed=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MeasurementWarning)
+        result = mh.phenomena.function_vectors(model, tasks)
+    said = [str(each.message) for each in caught if each.category is MeasurementWarning]
+    assert len(said) == 1
+    for kind in ("zero_shot", "shuffled"):
+        undefined = result.recovery.sel(prompt=kind, vector="function_vector").isnull()
+        assert bool(undefined.any()) == (kind in said[0])
+    assert result.recovery.isnull().any()
+    assert result.accuracy.sel(vector="function_vector").notnull().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_recovery_is_no_number_in_95_of_100_where_clean_and_corrupt_prompts_do_not_differ(tasks, n):
+    prompts = tasks[0].test
+    rows = np.resize(np.arange(len(prompts.answers)), n)
+    prompts = replace(prompts, **{field.name: getattr(prompts, field.name)[rows] for field in fields(prompts)})
+    prompts = replace(prompts, queries=np.arange(n))
+    rng, numbers = np.random.default_rng(0), 0
+    for seed in range(500):
+        base = {kind: Judged(*np.zeros((2, n)), rng.normal(size=n)) for kind in ("clean", *PROMPTS)}
+        found = _recovery(
+            "recovery", ("prompt", "vector", "layer"), base, rng.normal(size=(n, 2, 1, 1)), prompts, "", seed=seed
+        )
+        numbers += int(np.isfinite(found["recovery"][1][0]).sum())
+    # A number where clean is above corrupt by the interval's lower bound: 1 in 40; more than 23 once in 300 such tests.
+    assert numbers <= 23

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +14,17 @@ from random_models import (
     random_hooked,
     random_tokens,
 )
+from scipy import stats
 
 import mechhier as mh
 from mechhier.models import load_model
 from mechhier.models.planted import planted_backup, planted_inert
-from mechhier.phenomena.hydra import _perturbed
-from mechhier.probes import MLP, Head, Hooked, ablated
+from mechhier.phenomena.hydra.effects import Effects
+from mechhier.phenomena.hydra.statistics import median_bounds, repair_share
+from mechhier.probes import MLP, Attention, Head, Hooked, ablate, ablated
+from mechhier.probes.ablation import draw_donors
+from mechhier.probes.attribution import target_directions
+from mechhier.results import MeasurementWarning, mean_interval, scored
 
 TERMS = ("own_change", "attention_growth", "mlp_change", "norm_change")
 
@@ -105,15 +112,64 @@ def test_resampling_equals_a_plain_loop_over_donors():
     clean = hooked.run(tokens, [("attn_out", 0, writes.append)])
     target = clean.argmax(-1, keepdim=True)
     effects = []
+    shifts = torch.randperm(5, generator=torch.Generator().manual_seed(0))[:3] + 1
     for row in range(6):
-        for shift in (1, 2, 3):
-            donor = writes[0][(row - shift) % 6][None]
+        for shift in shifts.tolist():
+            donor = writes[0][(row + shift) % 6][None]
             logits = hooked.run(tokens[row : row + 1], [("attn_out", 0, lambda _, donor=donor: donor)])
             change = (logits - logits.mean(-1, keepdim=True)) - (clean - clean.mean(-1, keepdim=True))[row : row + 1]
             effects.append(change.gather(-1, target[row : row + 1]).mean())
     result = measure(model)
     expected = float(torch.stack(effects).mean())
     assert float(result.total_effect.sel(component="attention", layer=0)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_resampling_draws_the_donors_that_ablate_draws():
+    """One seed, the same total effect by both."""
+    model, tokens = random_hooked("llama", None), random_tokens(9, 12)
+    target = Hooked(model).run(tokens).argmax(-1, keepdim=True)
+
+    def centred_logit(logits, rows):
+        return (logits.gather(-1, target[rows])[..., 0] - logits.mean(-1)).mean(-1)
+
+    places = ({"component": "attention", "layer": 1}, {"component": "mlp", "layer": 0})
+    for seed in (0, 1):
+        options = {"n_patches": 3, "seed": seed}
+        expected = ablate(model, [Attention(1), MLP(0)], tokens, metric=centred_logit, **options).effect
+        found = mh.phenomena.hydra(model, tokens, min_probability=0.0, n_null=0, **options).total_effect
+        for effect, place in zip(expected, places, strict=True):
+            assert float(found.sel(place)) == pytest.approx(float(effect), abs=1e-4)
+
+
+def test_rows_in_order_of_likeness_are_not_given_their_neighbours():
+    """Rows of four kinds, one kind behind the other: the donors are of other kinds as often as in shuffled rows."""
+    donors = [draw_donors(32, 32, 8, own=True, generator=torch.Generator().manual_seed(seed)) for seed in range(200)]
+    kind = torch.arange(32) // 8
+    alike = [float((kind[each] == kind).float().mean()) for each in donors]
+    assert np.mean(alike) == pytest.approx(7 / 31, abs=0.03)
+    for each in donors:
+        assert (each != torch.arange(32)).all()
+        assert all(len(column.unique()) == 8 for column in each.T)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(2, 1), (10, 9), (20, 16)])
+def test_as_many_patches_as_there_are_unless_a_number_is_given(n, expected):
+    model, tokens = random_hooked("llama", None), random_tokens(n, 5)
+    options = {"min_probability": 0.0, "n_null": 0}
+    found = mh.phenomena.hydra(model, tokens, **options)
+    assert found.attrs["n_patches"] == expected
+    assert ablate(model, [Attention(0)], tokens).attrs["n_patches"] == expected
+    np.testing.assert_array_equal(
+        found.total_effect, mh.phenomena.hydra(model, tokens, n_patches=expected, **options).total_effect
+    )
+    for measure_it in (
+        lambda **k: mh.phenomena.hydra(model, tokens, **k),
+        lambda **k: ablate(model, [MLP(0)], tokens, **k),
+    ):
+        with pytest.raises(ValueError, match=f"n_patches must lie in 1..{n - 1}, got {n}"):
+            measure_it(n_patches=n)
+    with pytest.raises(ValueError, match="at least 2 sequences, got 1"):
+        mh.phenomena.hydra(model, tokens[:1])
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -195,24 +251,161 @@ def test_positions_count_where_hugging_faces_top_probability_exceeds_the_thresho
     assert float(attention.compensation) == pytest.approx(slope, abs=1e-3)
 
 
-def test_null_follows_the_seed_and_every_draw_is_as_large_as_a_replacement_of_its_own():
+def test_null_follows_the_seed():
     model = random_hooked("llama", None)
     first, again, other = (measure(model, seed=seed).total_effect_null for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).all()
-    output = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
-    perturbed = list(_perturbed(output, "resample", 3, 5, torch.Generator().manual_seed(0)))
-    for draw, version in enumerate(perturbed):
-        expected = (output.roll(1 + draw % 3, dims=0) - output).norm(dim=-1)
-        torch.testing.assert_close((version - output).norm(dim=-1), expected)
-    assert (perturbed[0] - perturbed[3]).abs().min() > 0
 
 
-def test_no_position_gives_nan_and_says_so():
-    result = mh.phenomena.hydra(random_hooked("llama", None), random_tokens(6, 12), min_probability=1.0, n_patches=3)
+WRITERS = {
+    "llama": lambda block: (block.self_attn.o_proj, block.mlp.down_proj),
+    "gpt_neox": lambda block: (block.attention.dense, block.mlp.dense_4h_to_h),
+}
+
+
+@pytest.mark.parametrize("architecture", list(WRITERS))
+@pytest.mark.parametrize("level", ["layer", "head"])
+def test_null_is_the_measurement_of_a_model_with_turned_output_weights(architecture, level):
+    """Zero ablation of Hugging Face models whose output matrices are multiplied by the rotation."""
+    tokens, n_draws = random_tokens(6, 12), 3
+    result = measure(load_model(random_hf(architecture)), level=level, ablation="zero", n_null=n_draws)
+    rng = np.random.default_rng(0)
+    rotations = [
+        torch.as_tensor(stats.ortho_group.rvs(64, random_state=rng), dtype=torch.float32) for _ in range(n_draws)
+    ]
+    for layer, component, head in [(0, 0, 1), (1, 0, 3), *([(1, 1, None)] if level == "layer" else [])]:
+        found = []
+        for rotation in rotations:
+            hf = random_hf(architecture)
+            body = hf.base_model
+            writer = WRITERS[architecture](body.layers[layer])[component]
+            columns = slice(None) if level == "layer" else slice(16 * head, 16 * (head + 1))
+            with torch.no_grad():
+                # weight is [d_model, inputs]: its transpose times R.
+                writer.weight[:, columns] = rotation.T @ writer.weight[:, columns]
+                if writer.bias is not None and level == "layer":
+                    writer.bias.copy_(writer.bias @ rotation)
+                turned = hf(tokens).logits
+                if writer.bias is not None and level == "layer":
+                    writer.bias.zero_()
+                writer.weight[:, columns] = 0.0
+                zeroed = hf(tokens).logits
+            target = turned.argmax(-1, keepdim=True)
+            change = (zeroed - zeroed.mean(-1, keepdim=True)) - (turned - turned.mean(-1, keepdim=True))
+            found.append(float(change.gather(-1, target).mean()))
+        place = {"component": component, "layer": layer} if level == "layer" else {"layer": layer, "head": head}
+        null = result.isel(place)
+        assert float(null.total_effect_null) == pytest.approx(np.mean(found), abs=1e-4)
+        reach = 4.3027 * np.std(found, ddof=1) * np.sqrt(1 + 1 / n_draws)
+        assert float(null.total_effect_null_high) == pytest.approx(np.mean(found) + reach, abs=1e-3)
+        assert float(null.total_effect_null_low) == pytest.approx(np.mean(found) - reach, abs=1e-3)
+
+
+@pytest.mark.parametrize("ablation", ["resample", "mean"])
+@pytest.mark.parametrize(("architecture", "level"), [("llama", "layer"), ("olmo2", "layer"), ("gpt2", "head")])
+def test_null_turns_what_the_part_adds_to_the_stream_about_what_the_ablation_leaves(architecture, level, ablation):
+    """Against full runs with the written-out edit, for every term of it that full runs show."""
+    model, tokens = random_hooked(architecture, None), random_tokens(6, 12)
+    result = measure(model, level=level, ablation=ablation, n_null=1)
+    hooked, seen = Hooked(model), {}
+    hooked.run(tokens, [("attn_out", 1, lambda x: seen.update(out=x)), ("z", 1, lambda z: seen.update(z=z))])
+    write = seen["out"] if level == "layer" else seen["z"][:, :, 2] @ hooked.W_O(1)[2]
+    rotation = torch.as_tensor(stats.ortho_group.rvs(64, random_state=np.random.default_rng(0)), dtype=torch.float32)
+    centre = write.mean(0, keepdim=True) if ablation == "resample" else write.mean((0, 1), keepdim=True)
+    shift = int(torch.randperm(5, generator=torch.Generator().manual_seed(0))[0]) + 1
+    left = write.roll(-shift, 0) if ablation == "resample" else centre.expand_as(write)
+    runs, own, scale = [], [], []
+    for what in (write, left):
+        turned = centre + (what - centre) @ rotation
+        edit = seen["out"] - write + turned
+        read = [("final_scale", None, scale.append)]
+        runs.append(hooked.run(tokens, [("attn_out", 1, lambda _, edit=edit: edit), *read]))
+        own.append(turned)
+    target = runs[0].argmax(-1)
+    change = [x.gather(-1, target[..., None])[..., 0] - x.mean(-1) for x in runs]
+    null = result.sel({"component": "attention"} if level == "layer" else {"head": 2}).sel(layer=1)
+    total = float((change[1] - change[0]).mean())
+    assert float(null.total_effect_null) == pytest.approx(total, abs=1e-4)
+    directions = target_directions(hooked, target)
+    lost = (((own[1] - own[0]) * directions).sum(-1) / scale[0][..., 0]).mean()
+    assert float(null.self_repair_null) == pytest.approx(total - float(lost), abs=1e-4)
+    direct = ((own[0] * directions).sum(-1) / scale[0][..., 0]).flatten()
+    repair = (change[1] - change[0]).flatten() - (((own[1] - own[0]) * directions).sum(-1) / scale[0][..., 0]).flatten()
+    slope = np.polyfit(direct.double().numpy(), repair.double().numpy(), 1)[0]
+    assert float(null.compensation_null) == pytest.approx(slope, abs=1e-3)
+    assert np.isnan(null.total_effect_null_low)  # One draw has no band.
+
+
+def test_no_position_gives_nan_and_says_so_once():
+    model, tokens = random_hooked("llama", None), random_tokens(6, 12)
+    largest = float(Hooked(model).run(tokens).softmax(-1).max())
+    with pytest.warns(MeasurementWarning) as said:
+        result = mh.phenomena.hydra(model, tokens, min_probability=0.99, n_patches=3)
+    assert len(said) == 1
+    assert f"above 0.99 (min_probability), the largest is {largest:.3g}" in str(said[0].message)
+    assert said[0].filename == __file__
+    assert result.attrs["largest_probability"] == pytest.approx(largest, abs=1e-5)
     assert int(result.n_positions) == 0
     assert int(result.n_positions_total) == 72
     assert result.total_effect.isnull().all()
+    assert result.repair_share_median.isnull()
+
+
+def test_a_model_in_which_nothing_is_lost_says_why_its_ratios_are_nan():
+    with pytest.warns(
+        MeasurementWarning, match=r"no part loses more than 0\.1 logits.*direct effect does not vary"
+    ) as said:
+        result = mh.phenomena.hydra(
+            load_model(planted_inert().model), random_tokens(8, 12), min_probability=0.0, n_patches=4, n_null=0
+        )
+    assert len(said) == 1
+    assert result.repair_share.isnull().all()
+    assert result.compensation.isnull().all()
+
+
+def test_too_few_sequences_for_an_interval_have_no_repair_share():
+    with pytest.warns(MeasurementWarning, match="only 3 sequences have a position") as said:
+        result = mh.phenomena.hydra(random_hooked("llama", None), random_tokens(3, 12), min_probability=0.0)
+    assert len(said) == 1
+    assert result.repair_share.isnull().all()
+    assert result.total_effect.notnull().all()
+
+
+@pytest.mark.parametrize("where", ["layer", "unembedding"])
+def test_weights_that_are_not_numbers_are_refused(where):
+    model = random_hooked("llama", None)
+    with torch.no_grad():
+        (model.blocks[1].mlp.W_out if where == "layer" else model.W_U)[3, 5] = float("nan")
+    with pytest.raises(RuntimeError, match="stream behind layer 1" if where == "layer" else "logits are not finite"):
+        measure(model)
+
+
+@pytest.mark.parametrize("level", ["layer", "head"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_terms_that_do_not_add_up_are_refused(kind, level):
+    """A multiplier between the final norm and the unembedding that direct effects do not know of."""
+    model = random_hooked("llama", kind)
+    model.hook_dict["ln_final.hook_normalized"].add_hook(lambda x, hook: 1.5 * x)
+    with pytest.raises(RuntimeError, match="miss its total effect by"):
+        measure(model, level=level, n_null=0)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_every_part_is_tried(layer):
+    """A hook that acts only in runs that begin at one layer: other parts than that layer's do not meet it."""
+    model, begun = random_hooked("llama", None), []
+    for each in range(3):
+        model.hook_dict[f"blocks.{each}.hook_resid_pre"].add_hook(lambda x, hook, each=each: begun.append(each))
+
+    def disturb(x, hook):
+        first = begun[0]
+        begun.clear()
+        return 1.01 * x if first == layer else x
+
+    model.hook_dict["ln_final.hook_normalized"].add_hook(disturb)
+    with pytest.raises(RuntimeError, match=f"replacing the output of attention {layer} by itself"):
+        measure(model, n_null=0)
 
 
 def test_a_model_whose_hooks_are_not_deterministic_is_refused():
@@ -261,7 +454,7 @@ def test_planted_backup_repairs_its_share(ablation, kind, share):
     assert float(response) == pytest.approx(float(ablated.attention_growth), abs=1e-5)
     for term in ("direct_effect", "total_effect", "self_repair"):
         assert float(result[term].sel(component="attention", layer=backup)) == pytest.approx(0.0, abs=1e-4)
-    # A perturbation of the same size leaves the flag that silences the backup.
+    # Names written in random directions are not what the backup waits for.
     assert abs(float(ablated.attention_growth_null)) < 0.02 * abs(float(ablated.own_change))
 
 
@@ -377,33 +570,80 @@ def test_planted_backup_head_repairs_what_the_name_mover_lost():
 # -- statistics and settings ------------------------------------------------------------------------------------------
 
 
-def test_median_repair_share_and_its_interval_equal_a_plain_bootstrap():
-    from mechhier.phenomena.hydra.statistics import repair_share
+def shares_of(own, repair, *, seed=0):
+    """`repair_share` of made-up effects: [part, sequence]."""
+    effects = [Effects(terms={"own_change": a, "self_repair": b}) for a, b in zip(own, repair, strict=True)]
+    n = own.shape[1]
+    clean = SimpleNamespace(chosen=torch.ones(n, 1, dtype=torch.bool))
+    shape = {"layer": 1, "head": len(own)}
+    described = scored("own_change", list(shape), own.T[:, None], np.ones((n, 1, 1)), long_name="", units="", seed=seed)
+    return repair_share(described, clean, effects, [], shape, min_lost=0.1, seed=seed)
 
-    class Fake:
-        pass
 
+def test_a_share_is_given_where_what_is_lost_surely_exceeds_the_gate():
     rng = np.random.default_rng(0)
-    n, n_parts = 24, 6
-    own, repair = rng.uniform(-2, -1, (n_parts, n, 3)), rng.uniform(0, 1, (n_parts, n, 3))
-    effects = []
-    for i in range(n_parts):
-        effects.append(Fake())
-        effects[-1].terms = {"own_change": own[i].sum(-1), "self_repair": repair[i].sum(-1)}
-    direct = np.array([[0.5, 0.05, 0.3], [0.2, 0.4, -0.6]])
-    found = repair_share(
-        {"direct_effect": ((), direct, {})}, effects, {"layer": 2, "head": 3}, min_direct_effect=0.1, seed=0
-    )
-    counted = direct.reshape(-1) > 0.1
-    sums = [x.sum(-1).T[:, counted] for x in (repair, -own)]
-    shares = sums[0].sum(0) / sums[1].sum(0)
-    np.testing.assert_allclose(found["repair_share"][1].reshape(-1)[counted], shares)
-    assert np.isnan(found["repair_share"][1].reshape(-1)[~counted]).all()
-    assert float(found["repair_share_median"][1]) == pytest.approx(np.median(shares))
-    draws = [rng.integers(0, n, n) for _ in range(4000)]
-    medians = [np.median(sums[0][d].sum(0) / sums[1][d].sum(0)) for d in draws]
+    lost = np.array([1.0, 0.3, 0.12, 0.08, 0.0, -0.5])
+    own = -(lost[:, None] + rng.normal(0, 0.2, (6, 32)))
+    repair = rng.normal(0.2, 0.1, (6, 32))
+    found = shares_of(own, repair)
+    low = mean_interval(-own.T, np.ones((32, 1)), seed=0)[1]
+    assert (low > 0.1).tolist() == [True, True, False, False, False, False]
+    expected = mean_interval(repair.T, -own.T, seed=0)
+    for suffix, value in zip(("", "_low", "_high"), expected, strict=True):
+        np.testing.assert_allclose(found[f"repair_share{suffix}"][1][0], np.where(low > 0.1, value, np.nan))
+    assert float(found["repair_share_median"][1]) == pytest.approx(np.mean(expected[0][:2]))
+    nothing = shares_of(own[2:], repair[2:])
+    assert all(np.isnan(nothing[f"repair_share_median{end}"][1]) for end in ("", "_low", "_high"))
+
+
+def test_median_repair_shares_interval_equals_a_plain_loop_over_resamples():
+    """Parts that are sure, one that may be above the gate, and one that is not."""
+    rng = np.random.default_rng(0)
+    n, lost = 24, np.array([1.0, 0.8, 0.6, 0.12, 0.02])
+    own = -(lost[:, None] + rng.normal(0, 0.15, (5, n)))
+    repair = np.array([0.1, 0.4, 0.5, 1.5, -1.0])[:, None] * -own + rng.normal(0, 0.05, (5, n))
+    found = shares_of(own, repair)
+    least, most = [], []
+    for _ in range(4000):
+        drawn = rng.integers(0, n, n)
+        means = -own[:, drawn].mean(1)
+        share = repair[:, drawn].mean(1) / np.maximum(means, 0.1)
+        sets = [share[:3], share[:4] if means[3] > 0.1 else share[:3], share[:4]]
+        least.append(min(np.median(each) for each in sets))
+        most.append(max(np.median(each) for each in sets))
+    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
     ends = [float(found[f"repair_share_median{end}"][1]) for end in ("_low", "_high")]
-    np.testing.assert_allclose(ends, np.percentile(medians, [2.5, 97.5]), atol=0.006)
+    np.testing.assert_allclose(ends, [np.quantile(least, tail), np.quantile(most, 1 - tail)], atol=0.02)
+    assert ends[0] < 0.4 < 0.45 < ends[1]  # The medians without and with the fourth part.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "lost", "share"),
+    [
+        *((n, (1.0, 0.8, near), (0.2, 0.5, 0.9)) for n in (8, 24, 64) for near in (0.09, 0.102, 0.11, 0.13)),
+        (24, (1.0, 0.8, 0.6, 0.11), (0.2, 0.3, 0.5, 0.9)),
+        # Many parts that lose too little to count, each as unsure as near the gate.
+        (24, (0.5, 0.6, 0.7, 0.8, 0.9, *[0.05] * 40), (0.1, 0.2, 0.3, 0.4, 0.5, *[0.9] * 40)),
+    ],
+)
+def test_the_median_repair_shares_interval_covers_also_with_parts_near_the_gate(n, lost, share):
+    """2,000 simulated data sets: how often it holds the median share of the parts whose true loss exceeds the gate."""
+    rng, n_sets, lost, share = np.random.default_rng(0), 2000, np.array(lost), np.array(share)
+    spread = 0.03 * np.sqrt(24)  # So that a loss of .1 is known to .03 from 24 sequences.
+    covered, defined = 0, 0
+    for _ in range(20):
+        size = (n, n_sets // 20, len(lost))
+        noise = np.sqrt(0.8) * rng.normal(size=size) + np.sqrt(0.2) * rng.normal(size=(*size[:2], 1))
+        of_set = lost + spread * noise
+        repaired = share * of_set + 0.3 * spread * rng.normal(size=size)
+        _, low, high = mean_interval(of_set, np.ones((n, 1, 1)), seed=0)
+        bounds = median_bounds(repaired, of_set, np.ones(n), low > 0.1, high > 0.1, min_lost=0.1, seed=0)
+        truth = np.median(share[lost > 0.1])
+        covered += int(((bounds[0] <= truth) & (truth <= bounds[1])).sum())
+        defined += int(np.isfinite(bounds[0]).sum())
+    assert defined > 0.95 * n_sets
+    assert covered / defined > 0.92
 
 
 def test_given_targets_are_measured_instead_of_the_top_token():
@@ -453,15 +693,20 @@ def test_settings_that_do_not_exist_are_refused(options, message):
 
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("level", ["layer", "head"])
-def test_forward_passes_are_as_many_as_the_docstring_says(level, kind):
+@pytest.mark.parametrize("n_null", [0, 2])
+def test_forward_passes_are_as_many_as_the_docstring_says(level, kind, n_null):
     """Tokens that pass through MLPs, in units of a forward pass over the sequences."""
     model, n = random_hooked("llama", kind), 6
     hooked, run_blocks = Hooked(model), []
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda mlp, inputs, output: run_blocks.append(output.shape[:2].numel()))
-    measure(model, level=level, ablation="zero", n_null=0)
+    measure(model, level=level, ablation="zero", n_null=n_null)
     n_layers, n_heads = hooked.n_layers, hooked.n_heads
-    allowed = n_layers + 2 if level == "layer" else n_heads * (n_layers + 1) / 2 + 2
+    n_runs, from_each_layer = 1 + 2 * n_null, (n_layers + 1) / 2
+    if level == "layer":
+        allowed = 1 + n_layers * n_runs + n_null + from_each_layer / n
+    else:
+        allowed = 1 + n_heads * from_each_layer * (n_runs + 1 / n)
     # The bridge runs its first block once more to learn what blocks return.
     assert sum(run_blocks) <= (allowed * n_layers + 1) * n * 12
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,7 @@ from mechhier.phenomena.induction import text_keys
 from mechhier.phenomena.induction.attention import Sums, on_text
 from mechhier.phenomena.induction.measure import _describe
 from mechhier.probes import Hooked
+from mechhier.results import MeasurementWarning
 
 
 def with_grammar(monkeypatch, model, grammar):
@@ -256,10 +259,10 @@ def test_text_keys_of_a_short_sentence_by_hand():
 
 
 def test_results_do_not_depend_on_batch_size_or_class(monkeypatch):
-    results = [mh.phenomena.induction(random_hooked("olmo", "bridge"), random_tokens(8, 30), n_sequences=8)]
+    results = [mh.phenomena.induction(random_hooked("olmo", "bridge"), random_tokens(16, 30), n_sequences=16)]
     monkeypatch.setattr(Hooked, "batch_size", lambda self, length: 3)
     results += [
-        mh.phenomena.induction(random_hooked("olmo", kind), random_tokens(8, 30), n_sequences=8)
+        mh.phenomena.induction(random_hooked("olmo", kind), random_tokens(16, 30), n_sequences=16)
         for kind in ("bridge", None)
     ]
     for other in results[1:]:
@@ -280,10 +283,55 @@ def test_interval_covers_the_mean_of_many_sequences():
     assert (few.PREV_high > few.PREV).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
+def test_few_sequences_have_estimates_and_what_is_undefined_is_said_once(n):
+    model = random_hooked("llama", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MeasurementWarning)
+        result = mh.phenomena.induction(model, random_tokens(n, 30), n_sequences=n)
+    said = [str(each.message) for each in caught if each.category is MeasurementWarning]
+    assert len(said) == (n < 8)
+    assert result.IND.notnull().all()
+    assert result.IND_text.notnull().all()
+    assert bool(result.IND_low.notnull().all()) == (n >= 4)
+    assert bool(result.IND_best_low.notnull()) == (n >= 8)
+    assert ("copy_loss_change" in result) == (n >= 2)
+    by_design = {name for name in result.data_vars if "K_composition" in name or name.endswith("_control")}
+    for name in set(result.data_vars) - by_design:
+        if result[name].dtype.kind == "f" and result[name].isnull().any():
+            assert re.search(rf"\b{name.removesuffix('_low').removesuffix('_high')}\b", said[0]), name
+    assert set(np.unique(result.kind)) == {"none"}
+    assert ("no head's kind" in "".join(said)) == (n < 4)
+
+
+def test_text_without_a_repeated_token_has_no_score_and_says_so():
+    tokens = torch.arange(48).reshape(2, 24).repeat(4, 1)
+    with pytest.warns(MeasurementWarning, match="nothing counts for IND_text, IND_text_best, DUP_text"):
+        result = mh.phenomena.induction(random_hooked("llama", None), tokens, n_sequences=8, n_controls=0)
+    assert result.IND_text.isnull().all()
+
+
+@pytest.mark.parametrize("n", [8, 20])
+def test_a_uniform_head_has_an_interval_without_width(n):
+    """The lengths of the repeats are laid out: that chance depends on them is no uncertainty."""
+    result = mh.phenomena.induction(load_model(planted_inert(24, 48).model), n_sequences=n, n_controls=0)
+    for name in ("IND", "DUP"):
+        np.testing.assert_allclose(result[name].isel(layer=0, head=0), result[f"{name}_uniform"], rtol=1e-5)
+        width = result[f"{name}_high"] - result[f"{name}_low"]
+        assert float(width.isel(layer=0, head=0)) < 1e-6
+
+
+def test_lengths_have_several_sequences_each_so_that_halves_have_too():
+    for n, expected in ((1, [1]), (3, [2, 1]), (8, [4, 4]), (20, [4] * 5), (64, [8] * 8)):
+        groups = random_repeats(Hooked(random_hooked("llama", None)), n, seed=0)
+        assert [len(rows) for _, rows in groups] == expected
+        assert len({length for length, _ in groups}) == len(groups)
+
+
 def test_bad_input_is_refused_with_what_is_accepted():
     model = random_hooked("llama", None)
-    with pytest.raises(ValueError, match="at least 4"):
-        mh.phenomena.induction(model, n_sequences=2)
+    with pytest.raises(ValueError, match="at least 1"):
+        mh.phenomena.induction(model, n_sequences=0)
     with pytest.raises(ValueError, match="longer than the model's context"):
         mh.phenomena.induction(model, torch.zeros(2, 500, dtype=torch.long))
     with pytest.raises(TypeError, match="HookedTransformer or TransformerBridge"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from mechhier.models.loading import model_info
 from mechhier.models.planted import planted_duplicate, planted_induction, planted_inert
 from mechhier.phenomena._tokens import natural_tokens
 from mechhier.probes import Hooked
+from mechhier.results import MeasurementWarning
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -144,6 +146,17 @@ def test_a_small_memory_budget_changes_nothing():
         np.testing.assert_allclose(whole[name], parts[name], atol=1e-5, err_msg=name)
     best = whole.k_order_induction.max(("layer", "head"))
     np.testing.assert_allclose(whole.k_order_induction_max, best)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_few_sequences_have_no_interval_and_say_so(n):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MeasurementWarning)
+        result = mh.phenomena.published(random_hooked("gpt2", None), n_sequences=n)
+    assert len([each for each in caught if each.category is MeasurementWarning]) == (n < 4)
+    assert result.k_order_induction.notnull().all()
+    assert bool(result.k_order_induction_low.notnull().all()) == (n >= 4)
+    assert float(result.k_order_induction_low.min()) >= 0 or n < 4
 
 
 def test_a_context_without_room_for_ten_orders_is_refused():

@@ -186,7 +186,7 @@ def test_ablating_what_does_nothing_has_no_effect_on_any_sequence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "n_patches must lie in 1..3"),
+        ({"n_patches": 4}, "n_patches must lie in 1..3"),
         ({"n_patches": 0}, "n_patches must lie"),
         ({"ablation": "noise"}, "ablation must be one of"),
         ({"ablation": "mean", "roles": TOKENS}, "roles choose the donors"),

@@ -66,7 +66,7 @@ def hydra(*, layers=2, seed=0):
             variables[f"{name}_null"] = (
                 dims,
                 null,
-                {"long_name": f"{name} of a random perturbation", "units": "logit"},
+                {"long_name": f"{name} of random directions", "units": "logit"},
             )
     response = rng.normal(size=(2, layers, 2, layers))
     variables["response"] = (

@@ -23,8 +23,8 @@ from mechhier.probes import (
 )
 from mechhier.report import plot
 
-CLEAN, CORRUPTED = random_tokens(3, 5), random_tokens(3, 5, seed=1)
-METRIC = logit_difference(torch.arange(3), torch.arange(3) + 10)
+CLEAN, CORRUPTED = random_tokens(4, 5), random_tokens(4, 5, seed=1)
+METRIC = logit_difference(torch.arange(4), torch.arange(4) + 10)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def test_patches_are_heatmaps_by_site_in_what_is_recovered(model):
     def certain(logits, rows):
         return logits[:, -1, 0] + 100 * logits[:, -1].softmax(-1)[:, 1] * 0
 
-    result = patch(model, CLEAN[:1], CORRUPTED[:1], sites=["resid_pre", "mlp_out"], metric=certain)
+    # The runs surely differ: four times the same sequence.
+    pair = CLEAN[:1].repeat(4, 1), CORRUPTED[:1].repeat(4, 1)
+    result = patch(model, *pair, sites=["resid_pre", "mlp_out"], metric=certain)
     heat = of_type(plot(result), "heatmap")
     assert len(heat) == 2
     np.testing.assert_allclose(np.asarray(heat[1].z), result.recovered.sel(site="mlp_out"))

@@ -12,8 +12,17 @@ from jaxtyping import Float
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena.function_vectors.indirect import attributed_effects, by_query, indirect_effects, mean_heads
-from mechhier.phenomena.function_vectors.injection import DOSES, PROMPTS, VECTORS, function_vectors_of, injections
+from mechhier.phenomena.function_vectors.injection import (
+    ADDED,
+    DOSES,
+    PROMPTS,
+    VECTORS,
+    function_vectors_of,
+    has_task_vector,
+    injections,
+)
 from mechhier.phenomena.tasks import (
     Prompts,
     Task,
@@ -25,7 +34,18 @@ from mechhier.phenomena.tasks import (
 )
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
-from mechhier.results import Variables, mean_interval, scored
+from mechhier.results import (
+    INTERVAL,
+    MIN_SAMPLES,
+    UNBOUNDED,
+    Variables,
+    correlation_interval,
+    ratio,
+    scored,
+    undefined,
+    warn_undefined,
+    with_bounds,
+)
 
 DEFINITION = (
     "abar_h^t = mean over clean prompts of z_h at the last token; CIE = P(y | shuffled, z_h := abar_h^t) - "
@@ -46,6 +66,7 @@ MAX_TOP_HEADS = 10
 __all__ = ["DOSES", "PROMPTS", "VECTORS", "function_vectors"]
 
 
+@in_default_torch_state
 def function_vectors(
     model: Any,
     tasks: Sequence[Task] | None = None,
@@ -85,9 +106,9 @@ def function_vectors(
         `AIE` `[layer, head]` (probability) with `_low`, `_high` and `AIE_null` (the same patch with the mean over
         shuffled prompts); `AIE_attribution`, the same to first order, and `attribution_correlation`, its correlation with
         `AIE` over heads; `selected` `[layer, head]`. By `prompt` ("zero_shot", "shuffled"), `vector` and `layer` behind
-        which it acts, each with its interval: `accuracy` of f_t(x), `accuracy_other` of f_t'(x), `recovery` (NaN where
-        clean and corrupt prompts do not differ beyond their interval). Vectors are "function_vector", its controls
-        "other_task", "random_heads", "random_norm", "grand_mean", all added; and "task_vector" with its control
+        which it acts, each with its interval: `accuracy` of f_t(x), `accuracy_other` of f_t'(x), `recovery` (NaN unless the
+        clean prompts' logit difference is above the corrupt ones' beyond its interval). Vectors are "function_vector",
+        its controls "other_task", "random_heads", "random_norm", "grand_mean", all added; and "task_vector" with its control
         "other_task_vector", put in place of the stream: NaN unless all prompts end in the same token of a template, because
         where the last token is the query itself (grammar tasks) the query would be replaced with it. By `dose`, multiples
         of the function vector: `dose_accuracy`, `dose_recovery`. Scalars `accuracy_clean`, `accuracy_shuffled`,
@@ -143,6 +164,7 @@ def function_vectors(
         long_name="average indirect effect to first order (attribution patching)",
         units="probability",
         seed=seed,
+        bounds=UNBOUNDED,
     )
     n_top = min(MAX_TOP_HEADS, max(1, hooked.n_layers * hooked.n_heads // 4))
     selected = _top(np.asarray(variables["AIE" if effects == "exact" else "AIE_attribution"][1]), n_top)
@@ -160,6 +182,7 @@ def function_vectors(
     }
     for name, (value, long_name) in scalars.items():
         variables[name] = ((), np.asarray(value), {"long_name": long_name, "units": "accuracy"})
+    _warn_undefined(variables, selection, test)
     return xr.Dataset(
         variables,
         coords={
@@ -186,7 +209,9 @@ def function_vectors(
             n_tasks_held_out=len(held_out),
             n_top_heads=n_top,
             has_function=has,
-            interval="95 % percentile bootstrap over queries of a task, 999 resamples",
+            n_task_vectors=int(has_task_vector(test).sum()),
+            interval=f"{INTERVAL.format(samples='queries of a task')}; accuracies: 95 % Wilson, of the number of prompts over "
+            "their design effect by queries; attribution_correlation: on Fisher's scale",
         ),
     )
 
@@ -204,31 +229,48 @@ def _effects(
 ) -> Variables:
     dims, label = ("layer", "head"), "average indirect effect on the answer's probability"
     sums, counts = by_query(exact, prompts)
-    variables = scored("AIE", dims, sums, counts, long_name=label, units="probability", seed=seed)
-    mean, _, _ = mean_interval(*by_query(null, prompts), seed=seed)
+    variables = scored("AIE", dims, sums, counts, long_name=label, units="probability", seed=seed, change=True)
+    mean = ratio(*by_query(null, prompts), 0)
     label = "average indirect effect, mean over shuffled prompts"
     variables["AIE_null"] = (dims, mean, {"long_name": label, "units": "probability"})
 
-    def correlation(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
-        # Means and sums correlate alike: every head has the same number of prompts.
-        one, other = (x.sum(axis) - x.sum(axis).mean(0) for x in (one, other))
-        with np.errstate(invalid="ignore"):
-            return (one * other).sum(0) / np.sqrt((one**2).sum(0) * (other**2).sum(0))
-
+    # Means and sums correlate alike: every head has the same number of prompts.
     flat = [by_query(each, prompts)[0].reshape(len(sums), -1) for each in (exact, to_first_order)]
     label = "correlation over heads of the indirect effect with its first order"
-    for suffix, value, words in zip(
-        ("", "_low", "_high"),
-        mean_interval(*flat, seed=seed, statistic=correlation),
-        ("", ", lower bound (95 %)", ", upper bound (95 %)"),
-        strict=True,
-    ):
-        variables[f"attribution_correlation{suffix}"] = (
-            (),
-            np.asarray(value),
-            {"long_name": label + words, "units": "1"},
+    interval = correlation_interval(*flat, seed=seed)
+    return variables | with_bounds("attribution_correlation", (), interval, long_name=label, units="1")
+
+
+def _warn_undefined(variables: Variables, selection: Prompts, test: Prompts) -> None:
+    """Say once what is NaN, and why; but for task vectors where prompts have none, which an attribute says."""
+    added = {
+        name: (dims, values[:, : len(ADDED)] if "vector" in dims else values, attributes)
+        for name, (dims, values, attributes) in variables.items()
+    }
+    values, bounds = undefined(added)
+    recoveries = [name for name in values if "recovery" in name]
+    reasons = []
+    if recoveries:
+        kinds = [kind for kind, each in zip(PROMPTS, added["recovery"][1], strict=True) if np.isnan(each).any()]
+        reasons.append(
+            f"the logit difference of clean prompts is not above that of {' and '.join(kinds)} prompts by more than its "
+            f"interval over {_n_queries(test)} queries, so that there is nothing to recover: {', '.join(recoveries)} is NaN"
         )
-    return variables
+    if "accuracy_other" in values:
+        reasons.append("no other task knows a query that is asked: accuracy_other is NaN")
+    if "attribution_correlation" in values:
+        reasons.append("the effects of all heads are the same: attribution_correlation is NaN")
+    if bounds:
+        reasons.append(
+            f"an interval needs {MIN_SAMPLES} queries; {_n_queries(selection)} choose heads and {_n_queries(test)} test them: "
+            f"the bounds of {', '.join(bounds)} are NaN"
+        )
+    if reasons:
+        warn_undefined(f"function_vectors: {'; '.join(reasons)}")
+
+
+def _n_queries(prompts: Prompts) -> int:
+    return len(np.unique(prompts.queries))
 
 
 def _splits(task: Task) -> tuple[Prompts, Prompts, Prompts]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechhier.models.hooked import Hook, Hooked
@@ -15,7 +15,7 @@ from mechhier.phenomena.function_vectors.indirect import by_query
 from mechhier.phenomena.tasks import Kind, Prompts, Task, concatenate, other_tasks
 from mechhier.probes.last_position import LastPosition, last_positions
 from mechhier.progress import track
-from mechhier.results import Variables, mean_interval, scored
+from mechhier.results import Variables, mean_interval, proportion_interval, scored, with_bounds
 
 ADDED = ("function_vector", "other_task", "random_heads", "random_norm", "grand_mean")
 PUT = ("task_vector", "other_task_vector")
@@ -94,7 +94,9 @@ def injections(
     task_of_row = np.repeat(held_out, [len(tasks[index].test.answers) for index in held_out])
     by_row = {name: vector[task_of_row] for name, vector in vectors.items()}
     have_task_vector = has_task_vector(prompts)
-    put = _task_vectors(hooked, tasks, held_out) if have_task_vector.any() else []
+    put, have_other = (
+        _task_vectors(hooked, tasks, held_out) if have_task_vector.any() else ([], np.zeros_like(have_task_vector))
+    )
     n = len(prompts.answers)
     base = {kind: Judged.empty(n) for kind in ("clean", *PROMPTS)}
     for rows, last in _last_positions(hooked, prompts, "clean"):
@@ -116,6 +118,7 @@ def injections(
                     advance(len(rows))
     for values in (judged.right, judged.other, judged.difference):
         values[~have_task_vector, :, len(ADDED) :] = np.nan
+        values[~have_other, :, VECTORS.index("other_task_vector")] = np.nan
     return _described(prompts, base, judged, dosed, seed=seed)
 
 
@@ -145,13 +148,14 @@ def _run(last: LastPosition, layer: int, variants: list[Tensor]) -> Iterator[Flo
 
 def _task_vectors(
     hooked: Hooked, tasks: Sequence[Task], held_out: Sequence[int]
-) -> list[Float[Tensor, "prompt layer d_model"]]:
+) -> tuple[list[Float[Tensor, "prompt layer d_model"]], Bool[np.ndarray, " prompt"]]:
     """For each test prompt, the stream behind every layer at the last token of the demonstrations and a dummy query.
 
-    Of its own task, and of a prompt of the other task (Hendel et al. 2023). Zeros where there is no dummy query.
+    Of its own task, zeros where it has no dummy query, and of a prompt of the other task that has one (Hendel et al.
+    2023); and whether the other task has any.
     """
     others = other_tasks(tasks)
-    streams = {}
+    streams: dict[int, Tensor] = {}
     for index in sorted({*held_out, *others[list(held_out)].tolist()}):
         prompts = tasks[index].test
         found = torch.zeros(len(prompts.answers), hooked.n_layers, hooked.d_model, device=hooked.device)
@@ -170,36 +174,37 @@ def _task_vectors(
                 batch = hooked.check_tokens(tokens[start : start + batch_size])
                 hooked.run(batch, hooks, stop=hooked.n_layers - 1, rows=part)
         streams[index] = found
-    own = torch.cat([streams[index] for index in held_out])
-    other = torch.cat(
-        [
-            streams[int(others[index])][torch.arange(len(streams[index])) % len(streams[int(others[index])])]
-            for index in held_out
-        ]
-    )
-    return [own, other]
+    of_other, known = [], []
+    for index in held_out:
+        donor = int(others[index])
+        rows, donors = np.arange(len(streams[index])), np.flatnonzero(tasks[donor].test.lengths("dummy"))
+        known.append(np.full(len(rows), len(donors) > 0))
+        of_other.append(streams[donor][donors[rows % len(donors)]] if len(donors) else torch.zeros_like(streams[index]))
+    return [torch.cat([streams[index] for index in held_out]), torch.cat(of_other)], np.concatenate(known)
 
 
 def _described(prompts: Prompts, base: dict[str, Judged], judged: Judged, dosed: Judged, *, seed: int) -> Variables:
     dims = ("prompt", "vector", "layer")
-    variables = _accuracy("accuracy", dims, judged.right, prompts, "accuracy of f_t(x) after injection", seed=seed)
+    variables = _accuracy("accuracy", dims, judged.right, prompts, "accuracy of f_t(x) after injection")
     label = "accuracy of f_t'(x), the other task's answer, after injection"
-    variables |= _accuracy("accuracy_other", dims, judged.other, prompts, label, seed=seed)
+    variables |= _accuracy("accuracy_other", dims, judged.other, prompts, label)
     for kind, values in base.items():
-        variables |= _accuracy(f"accuracy_{kind}", (), values.right, prompts, f"accuracy, {kind} prompts", seed=seed)
+        variables |= _accuracy(f"accuracy_{kind}", (), values.right, prompts, f"accuracy, {kind} prompts")
     label = "recovered logit difference after injection"
     variables |= _recovery("recovery", dims, base, judged.difference, prompts, label, seed=seed)
     dims, by_dose = ("prompt", "dose", "layer"), "by multiple of the function vector"
     label = f"accuracy of f_t(x) after injection, {by_dose}"
-    variables |= _accuracy("dose_accuracy", dims, dosed.right, prompts, label, seed=seed)
+    variables |= _accuracy("dose_accuracy", dims, dosed.right, prompts, label)
     label = f"recovered logit difference, {by_dose}"
     return variables | _recovery("dose_recovery", dims, base, dosed.difference, prompts, label, seed=seed)
 
 
 def _accuracy(
-    name: str, dims: Sequence[str], right: np.ndarray, prompts: Prompts, long_name: str, *, seed: int
+    name: str, dims: Sequence[str], right: Float[np.ndarray, "prompt ..."], prompts: Prompts, long_name: str
 ) -> Variables:
-    return scored(name, dims, *by_query(right, prompts), long_name=long_name, units="accuracy", seed=seed)
+    return with_bounds(
+        name, dims, proportion_interval(*by_query(right, prompts)), long_name=long_name, units="accuracy"
+    )
 
 
 def _recovery(

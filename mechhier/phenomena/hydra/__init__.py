@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
+from scipy import stats
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import natural_tokens
-from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects, Level, Part, clean_run, effects, parts
+from mechhier.phenomena.hydra.effects import (
+    COMPONENTS,
+    Clean,
+    Effects,
+    Level,
+    Part,
+    clean_run,
+    effects,
+    parts,
+    turned_run,
+    turning,
+)
 from mechhier.phenomena.hydra.statistics import compensation, head_response, repair_share, response, terms
-from mechhier.probes.ablation import Ablation, check_ablation, matched_noise, replacements
+from mechhier.probes.ablation import Ablation, check_ablation, draw_donors, replacements
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
+from mechhier.results import MIN_SAMPLES, Variables, warn_undefined
 
 DEFINITION = (
     "i = the clean run's top token. Direct effect DE_c = (a_c gamma / sigma) W_U[:, i], centred over the vocabulary, "
@@ -25,16 +37,26 @@ DEFINITION = (
     "attention growth + MLP change + norm change, where own, attention and MLP are Delta DE of m's layer, of the attention "
     "and of the MLP layers downstream of m, and norm = (s/s' - 1) (logit_i + sum Delta DE). Self-repair = TE - own change. "
     "Hydra = attention growth. Compensation = OLS slope of self-repair on DE_m over positions. Repair share = sum of "
-    "self-repair / sum of -own change, where the mean DE_m exceeds {min_direct_effect}."
+    "self-repair / sum of -own change, where the interval of the mean -own change lies above {min_lost}. Null: the same for "
+    "a part that writes the same in random directions (a rotation about what the ablation leaves on average, in the run "
+    "that chooses i and in the ablated one)."
 )
 SOURCE = "McGrath et al. 2023, The Hydra Effect; Rushing & Nanda 2024, Explorations of Self-Repair"
 
-MIN_DIRECT_EFFECT = 0.1
+_NULL = (
+    "the part writes the same in random directions about what the ablation leaves on average, target chosen in that run: "
+    "mean and 95 % band of {n_null} draws; of total_effect, attention_growth, mlp_change, self_repair, compensation and "
+    "repair_share; own_change, norm_change, direct_effect and the responses have none"
+)
+MIN_LOST = 0.1
 """Logits; a share of less is a ratio of noise (the published shares are of heads with more, see Rushing & Nanda 2024)."""
 _TOLERANCE = 1e-3
-"""Largest effect of an ablation that should have none, relative to the largest direct effect."""
+"""Largest effect of what should have none, relative to the largest logit or direct effect."""
+_ROUNDINGS = 16
+"""The same in roundings of the weights' dtype, where that is coarser."""
 
 
+@in_default_torch_state
 def hydra(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,
@@ -42,7 +64,7 @@ def hydra(
     level: Level = "layer",
     targets: Int[Any, "batch pos"] | None = None,
     ablation: Ablation = "resample",
-    n_patches: int = 16,
+    n_patches: int | None = None,
     n_null: int = 4,
     min_probability: float = 0.5,
     n_sequences: int = 64,
@@ -53,15 +75,22 @@ def hydra(
 
     A part's own output is ablated, never the residual stream. The terms add up exactly (see `DEFINITION`; the largest
     deviation is in `identity_error`), so that repair by later attention (the Hydra effect), by later MLPs and by the
-    final norm are told apart. The null moves the part's output as far, in a random direction.
+    final norm are told apart.
+
+    The null is the same measurement on a part that writes as much and as variably in random directions. Its target is
+    the top token of its own run, so that it shares what the choice of the target does: a token chosen by all that is
+    written loses when any of it is replaced. An untrained part cannot be told from its null: its values lie in the
+    null's 95 % band, however many sequences are measured. The interval of a value is over sequences of one model, the
+    band over what the part could have written in other directions; compare the value with the band.
 
     At level "layer" every attention and MLP layer is ablated, at what it writes; at level "head" every head, at z. In a
     post-norm model (OLMo-2) the other heads of the layer are rescaled when one is ablated: that is in `own_change`.
 
-    Cost, in forward passes over the sequences: 2 + L N at level "layer" and 2 + H (L + 1) / 2 N at level "head", for N =
-    `n_patches` (resample) or 1 (mean, zero) replacements plus `n_null`: every ablated run begins at the ablated layer,
-    for an MLP behind it. Memory: 3 L (heads: 2 L) tensors of [sequence, pos, d_model], on the CPU where they exceed
-    `max_bytes`.
+    Cost, in forward passes over the sequences: 1 + L N at level "layer" and 1 + H (L + 1) / 2 N at level "head", for N =
+    `n_patches` (resample) or 1 (mean, zero) replacements and 2 `n_null` (at level "layer" `n_null` passes more): every
+    ablated run begins at the ablated layer, for an MLP behind it. The check that a part replaced by itself changes
+    nothing is (L + 1) / 2 passes (heads: H (L + 1) / 2) over one sequence. Memory: 3 L (heads: 2 L) tensors of [sequence,
+    pos, d_model], with a null L more, on the CPU where they exceed `max_bytes`.
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
@@ -71,8 +100,9 @@ def hydra(
         targets: The token i at every position; by default the clean run's top token.
         ablation: What replaces the part's output: "resample" (the same position of `n_patches` other sequences), "mean"
             (over sequences and positions) or "zero".
-        n_patches: Donors per sequence for "resample"; 15 or more are needed for a stable estimate (McGrath et al.).
-        n_null: Random perturbations per part; 0 leaves the null out.
+        n_patches: Donors per sequence for "resample", drawn with the seed, by default 16 or as many as there are; 15 or
+            more are needed for a stable estimate (McGrath et al.).
+        n_null: Draws of the null per part; 0 leaves it out, a band needs two.
         min_probability: Positions count where the clean top token's probability exceeds this.
         n_sequences: Sequences to draw when none are given (there are 24 built-in sentences).
         max_bytes: Working memory of one batch beyond the weights.
@@ -81,17 +111,20 @@ def hydra(
     Returns:
         For each ablated part (dims `component`, `layer`, or `layer`, `head`), in logits: `direct_effect` (clean),
         `total_effect`, `own_change`, `attention_growth`, `mlp_change`, `norm_change`, `self_repair`, each with `_low`,
-        `_high` (95 %, bootstrap over sequences), four of them with `_null`; `compensation` (slope); `repair_share` and,
-        over parts, `repair_share_median`. `response` `[ablated part, responding_component, responding_layer]`, at level
+        `_high` (95 %, bootstrap over sequences); without units `compensation` (slope) and `repair_share` (NaN where the
+        interval of -own_change does not lie above `MIN_LOST`). Six of these have a `_null`, the mean over its draws, and
+        `_null_low`, `_null_high`, between which 95 % of draws lie; the direct effect, the own and the norm's change and
+        the responses have none. `repair_share_median`, over the parts that have a share; its interval allows for not
+        knowing which parts these are. `response` `[ablated part, responding_component, responding_layer]`, at level
         "layer" with an interval; at level "head" also `head_response` `[layer, head, responding_layer,
-        responding_head]`. The scalars `n_positions`, `n_positions_total`, `identity_error`, `no_op_error`. NaN where no
-        position qualifies.
+        responding_head]`. The scalars `n_positions`, `n_positions_total`, `identity_error`, `no_op_error`. What is NaN
+        because nothing qualifies is said in one `MeasurementWarning`.
 
     Raises:
         TypeError: Not a hooked model.
         ValueError: Tokens, targets, a level or an ablation that cannot be used.
-        RuntimeError: Replacing an output by itself, or one that a component cannot see, has an effect: the model is not
-            a deterministic causal stack.
+        RuntimeError: Activations or logits are not finite; replacing an output by itself, or one that a component cannot
+            see, has an effect (the model is not a deterministic causal stack); the terms do not add up.
 
     Example:
         >>> import mechhier as mh
@@ -101,8 +134,7 @@ def hydra(
         True
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    if getattr(hooked.cfg, "output_logits_soft_cap", None) and hooked.cfg.output_logits_soft_cap > 0:
-        raise ValueError("direct effects are not defined for a model that caps its logits (output_logits_soft_cap)")
+    hooked.require("direct effects")
     if level not in get_args(Level):
         raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
     if n_null < 0:
@@ -111,29 +143,40 @@ def hydra(
         text, rows = natural_tokens(hooked, n_sequences, seed=seed)
     else:
         text, rows = "given by the caller", hooked.check_tokens(tokens)
-    check_ablation(ablation, len(rows), n_patches)
+    n_patches = check_ablation(ablation, len(rows), n_patches)
     wanted = None if targets is None else hooked.check_tokens(targets)
     if wanted is not None and wanted.shape != rows.shape:
         raise ValueError(f"targets need one token per position, {list(rows.shape)}, got {list(wanted.shape)}")
 
-    clean = clean_run(hooked, rows, level=level, targets=wanted, min_probability=min_probability)
-    ablated_parts = parts(hooked, level)
     generator = torch.Generator().manual_seed(seed)
+    donors = None
+    if ablation == "resample":
+        donors = draw_donors(len(rows), len(rows), n_patches, own=True, generator=generator)
+    rotations = _rotations(hooked, n_null, seed=seed)
+    clean = clean_run(hooked, rows, level=level, targets=wanted, min_probability=min_probability)
+    tolerance, ablated_parts = _tolerance(hooked, clean), parts(hooked, level)
     ablated: list[Effects] = []
-    null: list[Effects] = []
+    null: list[list[Effects]] = [[] for _ in rotations]
+    no_op_error = 0.0
     with track(f"hydra: ablating {level}s", total=len(ablated_parts)) as advance:
         for part in ablated_parts:
             output = clean.output(part)
-            ablated.append(effects(hooked, clean, part, replacements(output, ablation, n_patches=n_patches)))
-            if n_null:
-                null.append(effects(hooked, clean, part, _perturbed(output, ablation, n_patches, n_null, generator)))
+            ablated.append(effects(hooked, clean, part, replacements(output, ablation, donors)))
+            no_op_error = max(no_op_error, _no_op_error(hooked, clean, part, ablated[-1], tolerance))
+            _check_identity(part, ablated[-1], tolerance)
+            for draw, rotation in enumerate(rotations):
+                of_draw = None if donors is None else donors[[draw % len(donors)]]
+                turned = turning(hooked, clean, part, ablation, rotation)
+                base = turned_run(hooked, clean, turned, level=level, targets=wanted)
+                versions = replacements(output, ablation, of_draw)
+                null[draw].append(effects(hooked, base, part, versions, turning=turned))
             advance()
-    no_op_error = _no_op_error(hooked, clean, ablated_parts[0], ablated)
 
     shape = _shape(hooked, level)
-    variables = terms(clean, ablated_parts, ablated, null, shape, seed=seed)
-    variables |= compensation(clean, ablated_parts, ablated, shape, seed=seed)
-    variables |= repair_share(variables, ablated, shape, min_direct_effect=MIN_DIRECT_EFFECT, seed=seed)
+    variables = terms(clean, ablated, null, shape, seed=seed)
+    variables |= compensation(ablated, null, shape, seed=seed)
+    variables |= repair_share(variables, clean, ablated, null, shape, min_lost=MIN_LOST, seed=seed)
+    _say_what_is_undefined(clean, ablated_parts, variables, min_probability=min_probability)
     variables |= response(clean, ablated, shape, seed=seed)
     if level == "head":
         variables |= head_response(ablated, shape)
@@ -174,14 +217,16 @@ def hydra(
         attrs=provenance(
             hooked,
             phenomenon="hydra",
-            definition=DEFINITION.format(min_direct_effect=MIN_DIRECT_EFFECT),
+            definition=DEFINITION.format(min_lost=MIN_LOST),
             source=SOURCE,
             level=level,
             ablation=ablation,
-            n_patches=n_patches if ablation == "resample" else 1,
-            null=f"random perturbation of the same norm, {n_null} draws" if n_null else "none",
+            n_patches=n_patches,
+            null=_NULL.format(n_null=n_null) if n_null else "none",
+            donors="the same position of other sequences, drawn with the seed" if ablation == "resample" else "none",
             target="top token of the clean run" if wanted is None else "given by the caller",
             min_probability=min_probability,
+            largest_probability=float(clean.probability.max()),
             seed=seed,
             n_sequences=len(rows),
             text=text,
@@ -195,31 +240,85 @@ def _shape(hooked: Hooked, level: Level) -> dict[str, int]:
     return {"component": len(COMPONENTS), "layer": hooked.n_layers}
 
 
-def _perturbed(
-    output: Float[Tensor, "sequence pos width"],
-    ablation: Ablation,
-    n_patches: int,
-    n_null: int,
-    generator: torch.Generator,
-) -> Iterator[Float[Tensor, "sequence pos width"]]:
-    """`n_null` random perturbations, each as large as one of the ablation's replacements."""
-    versions = list(replacements(output, ablation, n_patches=min(n_patches, n_null)))
-    for draw in range(n_null):
-        yield matched_noise(output, versions[draw % len(versions)], generator)
+def _rotations(hooked: Hooked, n: int, *, seed: int) -> list[torch.Tensor]:
+    """Random rotations of the stream, float32 [d_model, d_model]."""
+    rng = np.random.default_rng(seed)
+    return [
+        torch.as_tensor(
+            stats.ortho_group.rvs(hooked.d_model, random_state=rng), dtype=torch.float32, device=hooked.device
+        )
+        for _ in range(n)
+    ]
 
 
-def _no_op_error(hooked: Hooked, clean: Clean, part: Part, ablated: list[Effects]) -> float:
-    """Largest effect where there can be none.
+def _say_what_is_undefined(clean: Clean, parts: list[Part], variables: Variables, *, min_probability: float) -> None:
+    """Warn, once, of everything that is NaN because nothing qualifies."""
+    if not bool(clean.chosen.any()):
+        warn_undefined(
+            f"hydra: no position counts, so that every effect is NaN: no top token has a probability above "
+            f"{min_probability:g} (min_probability), the largest is {float(clean.probability.max()):.3g}. The model may be "
+            "untrained, or the text unlike what it knows"
+        )
+        return
+    reasons = []
+    n_counting = int(clean.chosen.any(-1).sum())
+    lost, least = (-np.asarray(variables[name][1]) for name in ("own_change", "own_change_high"))
+    if n_counting < MIN_SAMPLES:
+        reasons.append(
+            f"intervals and repair_share are NaN: only {n_counting} sequences have a position whose top token has a "
+            f"probability above {min_probability:g} (min_probability), and {MIN_SAMPLES} are needed"
+        )
+    elif not (least > MIN_LOST).any():
+        reasons.append(
+            f"repair_share is NaN: no part loses more than {MIN_LOST} logits of direct effect by its interval, "
+            f"{parts[int(np.argmax(lost))]} loses most, {lost.max():.3g}; the largest probability of a top token is "
+            f"{float(clean.probability.max()):.3g}"
+        )
+    slopes = np.isnan(np.asarray(variables["compensation"][1]))
+    if slopes.any():
+        reasons.append(
+            f"compensation is NaN for {slopes.sum()} of {slopes.size} parts: their direct effect does not vary"
+        )
+    if reasons:
+        warn_undefined(f"hydra: {'; '.join(reasons)}")
+
+
+def _tolerance(hooked: Hooked, clean: Clean) -> float:
+    """Largest effect, in logits, of what should have none: relative to the logits and direct effects."""
+    of_dtype = max(_TOLERANCE, _ROUNDINGS * torch.finfo(hooked.dtype).eps)
+    return of_dtype * (1.0 + max(float(values.abs().max()) for values in (clean.logit, *clean.direct.values())))
+
+
+def _no_op_error(hooked: Hooked, clean: Clean, part: Part, ablated: Effects, tolerance: float) -> float:
+    """Largest effect where there can be none: of the part replaced by itself, on what it does not reach.
+
+    The first is tried on one sequence, so that every part can be tried. An MLP replaced by itself is the run that begins
+    at the next layer, which is tried with that layer's attention.
 
     Raises:
         RuntimeError: It is too large.
     """
-    unchanged = effects(hooked, clean, part, [clean.output(part)])
-    error = max(unchanged.largest, *(each.unaffected_error for each in ablated))
-    largest = max(float(direct.abs().max()) for direct in clean.direct.values())
-    if error > _TOLERANCE * (1.0 + largest):
+    error = ablated.unaffected_error
+    if part.component == "attention" or part.layer == hooked.n_layers - 1:
+        one = clean.first_sequence()
+        error = max(error, effects(hooked, one, part, [one.output(part)]).largest)
+    if error > tolerance:
         raise RuntimeError(
-            f"replacing an output by itself, or one that a component cannot see, changed a direct effect by {error:.3g}; "
-            "the model (or a hook on it) is not deterministic, or it is not a causal stack of layers"
+            f"replacing the output of {part} by itself, or one that a component cannot see, changed a logit or a direct "
+            f"effect by {error:.3g}; the model (or a hook on it) is not deterministic, or it is not a causal stack of layers"
         )
     return error
+
+
+def _check_identity(part: Part, ablated: Effects, tolerance: float) -> None:
+    """Refuse terms that do not add up.
+
+    Raises:
+        RuntimeError: They miss the total effect by too much.
+    """
+    if ablated.identity_error > tolerance:
+        raise RuntimeError(
+            f"the terms of ablating {part} miss its total effect by {ablated.identity_error:.3g} logits: between what the "
+            "layers write and the logits lies something that direct effects leave out (a multiplier, a gain, a cap, or a "
+            "hook on the final norm or the unembedding). mechhier.probes.ablate measures total effects without them"
+        )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from scipy import stats
 
-from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects, Part, centred
-from mechhier.results import Variables, mean_interval, scored
+from mechhier.phenomena.hydra.effects import COMPONENTS, Clean, Effects
+from mechhier.results import CONFIDENCE, MIN_SAMPLES, N_RESAMPLES, Variables, ratio, scored
 
 TERMS = {
     "total_effect": "total effect of the ablation on the target's logit",
@@ -22,79 +21,167 @@ TERMS = {
 }
 _WITH_NULL = ("total_effect", "attention_growth", "mlp_change", "self_repair")
 
+Null = list[list[Effects]]
+"""By draw and part."""
 Shape = Mapping[str, int]
 """Dims of the ablated parts, in the order in which they are listed."""
 
 
-def terms(
-    clean: Clean, parts: list[Part], ablated: list[Effects], null: list[Effects], shape: Shape, *, seed: int
-) -> Variables:
+def terms(clean: Clean, ablated: list[Effects], null: Null, shape: Shape, *, seed: int) -> Variables:
     """Direct effect and every term of the total effect, by ablated part; the null's where it has one."""
     counts = _counts(clean, shape)
 
     def described(name: str, sums: list[np.ndarray], long_name: str) -> Variables:
         return scored(name, list(shape), _stack(sums, shape), counts, long_name=long_name, units="logit", seed=seed)
 
-    direct = [_by_sequence(torch.where(clean.chosen, clean.direct_effect(part), 0.0)) for part in parts]
-    variables = described("direct_effect", direct, "direct effect on the target's logit")
+    variables = described("direct_effect", [each.direct for each in ablated], "direct effect on the target's logit")
     for term, long_name in TERMS.items():
         variables |= described(term, [each.terms[term] for each in ablated], long_name)
-        if term in _WITH_NULL and null:
-            sums = [each.terms[term] for each in null]
-            variables |= described(f"{term}_null", sums, f"{long_name}, random perturbation")
+        if term in _WITH_NULL:
+            draws = [ratio(_sums(draw, term, shape), counts, 0) for draw in null]
+            variables |= null_band(term, shape, draws, long_name=long_name, units="logit")
     return variables
 
 
-def compensation(clean: Clean, parts: list[Part], ablated: list[Effects], shape: Shape, *, seed: int) -> Variables:
+def compensation(ablated: list[Effects], null: Null, shape: Shape, *, seed: int) -> Variables:
     """OLS slope of self-repair on the clean direct effect, positions as points, as a ratio of centred sums."""
-    products, squares = [], []
-    n_chosen = max(1, int(clean.chosen.sum()))
-    for part, each in zip(parts, ablated, strict=True):
-        x = centred(clean, clean.direct_effect(part))
-        mean_repair = each.terms["self_repair"].sum() / n_chosen
-        products.append(each.repair_by_direct - _by_sequence(x) * mean_repair)
-        squares.append(_by_sequence(x**2))
-    return scored(
-        "compensation",
-        list(shape),
-        _stack(products, shape),
-        _stack(squares, shape),
-        long_name="compensation: slope of self-repair on the direct effect",
-        units="1",
-        seed=seed,
-    )
+    long_name, units = "compensation: slope of self-repair on the direct effect", "1"
+
+    def sums(effects: list[Effects]) -> tuple[np.ndarray, np.ndarray]:
+        products, squares = [each.repair_by_direct for each in effects], [each.direct_squares for each in effects]
+        return _stack(products, shape), _stack(squares, shape)
+
+    variables = scored("compensation", list(shape), *sums(ablated), long_name=long_name, units=units, seed=seed)
+    draws = [ratio(*sums(draw), 0) for draw in null]
+    return variables | null_band("compensation", shape, draws, long_name=long_name, units=units)
+
+
+def null_band(name: str, shape: Shape, draws: list[np.ndarray], *, long_name: str, units: str) -> Variables:
+    """The null's mean over its draws, and the band in which one more draw lies (95 %, Student's t; NaN for one draw).
+
+    An untrained model is one more draw (see `effects.Turning`): the band is a prediction interval, not one of the mean.
+    """
+    if not draws:
+        return {}
+    values, n = np.stack(draws), len(draws)
+    mean = values.mean(0)
+    if n > 1:
+        reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(0, ddof=1) * np.sqrt(1 + 1 / n)
+    else:
+        reach = np.full_like(mean, np.nan)
+    label = f"{long_name}, of a part that writes in random directions"
+    labels = (f"{label}: mean of {n} draws", *(f"{label}: {end} bound (95 % of draws)" for end in ("lower", "upper")))
+    return {
+        f"{name}_null{suffix}": (list(shape), value, {"long_name": text, "units": units})
+        for suffix, value, text in zip(("", "_low", "_high"), (mean, mean - reach, mean + reach), labels, strict=True)
+    }
 
 
 def repair_share(
-    described: Variables, ablated: list[Effects], shape: Shape, *, min_direct_effect: float, seed: int
+    described: Variables,
+    clean: Clean,
+    ablated: list[Effects],
+    null: Null,
+    shape: Shape,
+    *,
+    min_lost: float,
+    seed: int,
 ) -> Variables:
-    """Share of the direct effect lost that is made up for, of parts that have one, and its median over these parts."""
-    repaired = _stack([each.terms["self_repair"] for each in ablated], shape)
-    lost = -_stack([each.terms["own_change"] for each in ablated], shape)
-    counted = np.asarray(described["direct_effect"][1]) > min_direct_effect
-    long_name = "repair share: self-repair relative to the direct effect lost"
-    shares = {
-        name: (dims, np.where(counted, values, np.nan), attributes)
-        for name, (dims, values, attributes) in scored(
-            "repair_share", list(shape), repaired, lost, long_name=long_name, units="1", seed=seed
-        ).items()
-    }
+    """Share of the direct effect lost that is made up for, of parts that surely lose some, and its median over them.
 
-    def median(repaired: np.ndarray, lost: np.ndarray, axis: int) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.median(repaired.sum(axis) / lost.sum(axis), axis=0)
+    Surely: the interval of what is lost, minus `own_change`, lies above `min_lost`. Elsewhere the share is a ratio of
+    noise, and NaN; so is the null's where a draw of it loses less.
+    """
+    repaired, lost = _sums(ablated, "self_repair", shape), -_sums(ablated, "own_change", shape)
+    least, most = (-np.asarray(described[f"own_change_{end}"][1]) for end in ("high", "low"))
+    surely, possibly = least > min_lost, most > min_lost
+    long_name, units = "repair share: self-repair relative to the direct effect lost", "1"
+    shares = scored("repair_share", list(shape), repaired, lost, long_name=long_name, units=units, seed=seed)
+    counts = _counts(clean, shape)
+    draws = []
+    for draw in null:
+        of_draw = -_sums(draw, "own_change", shape)
+        share = ratio(_sums(draw, "self_repair", shape), of_draw, 0)
+        draws.append(np.where(ratio(of_draw, counts, 0) > min_lost, share, np.nan))
+    shares |= null_band("repair_share", shape, draws, long_name=long_name, units=units)
+    shares = {name: (dims, np.where(surely, each, np.nan), label) for name, (dims, each, label) in shares.items()}
 
-    values = (
-        mean_interval(repaired[:, counted], lost[:, counted], seed=seed, statistic=median)
-        if counted.any()
-        else (np.asarray(np.nan),) * 3
+    median = np.median(shares["repair_share"][1][surely]) if surely.any() else np.nan
+    n_parts = surely.size
+    repaired, lost = repaired.reshape(-1, n_parts), lost.reshape(-1, n_parts)
+    bounds = median_bounds(
+        repaired, lost, counts.reshape(-1), surely.reshape(-1), possibly.reshape(-1), min_lost=min_lost, seed=seed
     )
-    for suffix, value, label in zip(
-        ("", "_low", "_high"), values, ("", ", lower bound (95 %)", ", upper bound (95 %)"), strict=True
-    ):
-        label = f"median over parts with a direct effect above {min_direct_effect} of the {long_name}{label}"
-        shares[f"repair_share_median{suffix}"] = ((), np.asarray(value), {"long_name": label, "units": "1"})
-    return shares
+    label = f"median over parts that surely lose more than {min_lost} logits of the {long_name}"
+    labels = (label, f"{label}, lower bound (95 %)", f"{label}, upper bound (95 %)")
+    medians = {
+        f"repair_share_median{suffix}": ((), np.asarray(value), {"long_name": text, "units": units})
+        for suffix, value, text in zip(("", "_low", "_high"), (median, *bounds), labels, strict=True)
+    }
+    if null:
+        of_null = shares["repair_share_null"][1]
+        value = np.median(of_null[np.isfinite(of_null)]) if np.isfinite(of_null).any() else np.nan
+        text = "median over parts of repair_share_null, where it is defined"
+        medians["repair_share_median_null"] = ((), np.asarray(value), {"long_name": text, "units": units})
+    return shares | medians
+
+
+@np.errstate(invalid="ignore", divide="ignore")
+def median_bounds(
+    repaired: Float[np.ndarray, "sample *set part"],
+    lost: Float[np.ndarray, "sample *set part"],
+    counts: Float[np.ndarray, " sample"],
+    surely: Bool[np.ndarray, "*set part"],
+    possibly: Bool[np.ndarray, "*set part"],
+    *,
+    min_lost: float,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of the median share over the parts that lose more than `min_lost` in the population.
+
+    Which parts these are is itself estimated, so that each resample has the median over three sets: the parts that
+    surely lose more, those and the possible ones that do so in this resample, and all possible ones. The lower bound is
+    the quantile of the least of the three, the upper one that of the largest: a part near the gate widens the interval
+    by what its membership changes. A possible part, were it counted, would lose `min_lost` at least, and is taken to.
+    The quantiles are widened for few samples as Student's t is beside the normal (Hesterberg 2015).
+
+    Args:
+        repaired: Sums of self-repair by sample; sets of parts are independent of each other.
+        lost: Sums of the direct effect lost.
+        counts: Positions of each sample; samples without any are left out.
+        surely: Parts whose interval of what is lost lies above `min_lost`.
+        possibly: Parts whose interval reaches above it.
+        min_lost: The gate, in logits.
+        seed: Seed of the resampling.
+
+    Returns:
+        Lower and upper bound, [*set]; NaN where no part is sure, or with fewer than `MIN_SAMPLES` samples.
+    """
+    repaired, lost, counts = (each[counts > 0] for each in (repaired, lost, counts))
+    n = len(counts)
+    undefined = np.full(surely.shape[:-1], np.nan)
+    if n < MIN_SAMPLES or not surely.any():
+        return undefined, undefined
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=N_RESAMPLES).astype(np.float64)
+    total = (drawn @ counts).reshape(-1, *[1] * surely.ndim)
+    repaired, lost = (np.tensordot(drawn, each, axes=1) / total for each in (repaired, lost))
+    share = repaired / np.maximum(lost, min_lost)
+    medians = [
+        _masked_median(share, np.broadcast_to(mask, share.shape))
+        for mask in (surely, surely | (possibly & (lost > min_lost)), surely | possibly)
+    ]
+    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - CONFIDENCE) / 2, n - 1))
+    low = np.quantile(np.minimum.reduce(medians), tail, axis=0, method="inverted_cdf")
+    high = np.quantile(np.maximum.reduce(medians), 1 - tail, axis=0, method="inverted_cdf")
+    defined = surely.any(-1)
+    return np.where(defined, low, np.nan), np.where(defined, high, np.nan)
+
+
+def _masked_median(values: Float[np.ndarray, "... part"], mask: Bool[np.ndarray, "... part"]) -> np.ndarray:
+    """Median over the parts that the mask holds; infinite where it holds none."""
+    ordered, n = np.sort(np.where(mask, values, np.inf), axis=-1), mask.sum(-1, keepdims=True)
+    lower, upper = (np.take_along_axis(ordered, np.maximum(at, 0), axis=-1)[..., 0] for at in ((n - 1) // 2, n // 2))
+    return (lower + upper) / 2
 
 
 def response(clean: Clean, ablated: list[Effects], shape: Shape, *, seed: int) -> Variables:
@@ -134,8 +221,8 @@ def _stack(by_part: list[Float[np.ndarray, " sequence"]], shape: Shape) -> Float
     return np.stack(by_part, axis=-1).reshape(len(by_part[0]), *shape.values())
 
 
-def _by_sequence(values: Float[Tensor, "sequence pos"]) -> Float[np.ndarray, " sequence"]:
-    return values.sum(-1).cpu().double().numpy()
+def _sums(effects: list[Effects], term: str, shape: Shape) -> Float[np.ndarray, "sequence ..."]:
+    return _stack([each.terms[term] for each in effects], shape)
 
 
 def _counts(clean: Clean, shape: Shape) -> Float[np.ndarray, "sequence ..."]:

@@ -29,6 +29,8 @@ class Sums:
     n_queries: Float[np.ndarray, " sequence"]
     category_null: Float[np.ndarray, "sequence layer head"] | None = None
     """Of each head, if it attended uniformly within every syntactic category; None without categories."""
+    lengths: Int[np.ndarray, " sequence"] | None = None
+    """Of the repeats: chance depends on them, and they are laid out, not drawn. None on text."""
 
 
 def on_repeats(
@@ -64,7 +66,9 @@ def on_repeats(
             for name, of_score in zip(pairs, attention, strict=True):
                 q, _ = pairs[name]
                 uniform = float((1.0 / (q.cpu() + 1).double()).sum())
-                parts[name].append(Sums(of_score, np.full(len(batch), uniform), np.full(len(batch), float(len(q)))))
+                each = np.ones(len(batch))
+                lengths = np.full(len(batch), length)
+                parts[name].append(Sums(of_score, uniform * each, len(q) * each, lengths=lengths))
             of_group.append(token_losses(logits, batch))
             advance(len(batch))
         losses.append(np.concatenate(of_group))
@@ -198,9 +202,11 @@ def _weights(
 
 def _concatenate(parts: list[Sums]) -> Sums:
     nulls = [part.category_null for part in parts if part.category_null is not None]
+    lengths = [part.lengths for part in parts if part.lengths is not None]
     return Sums(
         attention=np.concatenate([part.attention for part in parts]),
         uniform=np.concatenate([part.uniform for part in parts]),
         n_queries=np.concatenate([part.n_queries for part in parts]),
         category_null=np.concatenate(nulls) if nulls else None,
+        lengths=np.concatenate(lengths) if lengths else None,
     )

@@ -29,10 +29,12 @@ class Effects:
     Attributes:
         top: Without the induction heads.
         controls: Without each set of random heads.
+        lengths: Of the repeats; None on text.
     """
 
     top: Float[np.ndarray, " sequence"]
     controls: Float[np.ndarray, "control sequence"]
+    lengths: Int[np.ndarray, " sequence"] | None
 
 
 def choose_heads(
@@ -79,7 +81,7 @@ def ablate(
     text: Int[Tensor, "batch pos"] | None,
     advance: Callable[..., None],
 ) -> dict[str, Effects]:
-    """Changes of `copy_loss` on the repeats and of `ICL_score` on the text, on every other sequence.
+    """Changes of `copy_loss` on the repeats and of `ICL_score` on the text, on every other sequence of at least two.
 
     An ablated head's z is replaced by its mean over the positions of the sequences that are not scored, those on which
     the heads were chosen, of the same kind (repeats or text).
@@ -87,12 +89,17 @@ def ablate(
     Cost: 1 + (2 + number of controls) x (share of the layers from the first ablated one on) forward passes over half of
     the sequences. Memory beyond a pass: one batch's residual stream.
     """
-    kinds: dict[str, list[tuple[Loss, Tensor, Tensor]]] = {"copy_loss": []}
+    kinds: dict[str, list[tuple[Loss, Tensor, Tensor]]] = {}
+    lengths: list[int] = []
     start = 0
     for length, rows in repeats:
         reference = torch.arange(start, start + len(rows), device=rows.device) % 2 == 0
-        kinds["copy_loss"].append((partial(_copy_loss, length=length), rows[reference], rows[~reference]))
+        part = partial(_copy_loss, length=length), rows[reference], rows[~reference]
+        kinds.setdefault("copy_loss", []).append(part)
+        lengths += [length] * len(part[-1])
         start += len(rows)
+    if not lengths:
+        kinds.clear()
     if text is not None and len(text) > 1:
         kinds["ICL_score"] = [(late_minus_early, text[::2], text[1::2])]
     effects = {}
@@ -105,7 +112,7 @@ def ablate(
             if len(part)
         ]
         joined = np.concatenate(changes, axis=1)
-        effects[name] = Effects(joined[0], joined[1:])
+        effects[name] = Effects(joined[0], joined[1:], np.array(lengths) if name == "copy_loss" else None)
     return effects
 
 

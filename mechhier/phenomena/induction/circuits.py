@@ -25,6 +25,16 @@ Scored = tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"],
 """Estimate, lower and upper bound."""
 
 
+def why_not(hooked: Hooked) -> str | None:
+    """What was seen of the model that makes scores of its weights meaningless; None if nothing."""
+    wrong = hooked.verification.wrong
+    return next((wrong[name] for name in ("head weights", "head writes", "direct effects") if name in wrong), None)
+
+
+def _undefined(hooked: Hooked) -> Float[np.ndarray, "layer head"]:
+    return np.full((hooked.n_layers, hooked.n_heads), np.nan)
+
+
 def copying_scores(hooked: Hooked, *, seed: int) -> Scored:
     """Whether a head's OV circuit raises the logit of the token that it attends to, from the weights alone.
 
@@ -33,13 +43,16 @@ def copying_scores(hooked: Hooked, *, seed: int) -> Scored:
     times the final gain, centred over the vocabulary; gains are included, biases and the scales of later norms are
     not. The score is sum_i lambda_i / sum_i |lambda_i| over the eigenvalues of l (Elhage et al. 2021). The numerator is
     the trace: the sum over s of the logit of s on itself against the mean over all tokens. 1 copies every token, -1
-    suppresses every token that it reads, about 0 is unrelated. 0 where no logit reads what the head writes.
+    suppresses every token that it reads, about 0 is unrelated. 0 where no logit reads what the head writes. NaN where the
+    weights were seen not to make the activations (`why_not`), as behind a norm of the embedding (BLOOM).
 
     The interval is what another vocabulary of that size would give: the standard error of the mean of the tokens' own
     logits (over `N_SAMPLED_TOKENS` of them), normal, with the denominator fixed.
 
     Cost: no forward pass; d_vocab x d_model^2 multiplications once, memory two float32 matrices d_model x d_model.
     """
+    if why_not(hooked):
+        return _undefined(hooked), _undefined(hooked), _undefined(hooked)
     generator = torch.Generator().manual_seed(seed)
     n_sampled = min(N_SAMPLED_TOKENS, hooked.d_vocab)
     sampled = torch.randperm(hooked.d_vocab, generator=generator)[:n_sampled].to(hooked.device)
@@ -71,7 +84,7 @@ def copying_scores(hooked: Hooked, *, seed: int) -> Scored:
 
 @dataclass(frozen=True)
 class KComposition:
-    """K-composition of every head with the best previous-token head before it; NaN in layer 0.
+    """K-composition of every head with the best previous-token head before it; NaN in layer 0, and as `copying_scores`.
 
     Attributes:
         excess: Score minus its random baseline, with the bounds that the baseline's spread gives.
@@ -101,13 +114,15 @@ def k_composition(hooked: Hooked, previous: Float[np.ndarray, "layer head"], *, 
     Cost: no forward pass; products of d_head x d_model matrices only.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (hooked.n_layers, hooked.n_heads)
-    score, baseline, spread = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
+    score, baseline, spread = _undefined(hooked), _undefined(hooked), _undefined(hooked)
     senders = [(-1, -1)]
     written, rotated = torch.empty(0), []
+    defined = not why_not(hooked)
     for layer in range(1, hooked.n_layers):
         sender = np.unravel_index(np.argmax(previous[:layer]), previous[:layer].shape)
         senders.append((int(sender[0]), int(sender[1])))
+        if not defined:
+            continue
         if senders[-1] != senders[-2]:
             written, rotated = _written(hooked, *senders[-1], generator)
         keys, queries = (_exact(_reading(hooked, layer, weights(layer))) for weights in (hooked.W_K, hooked.W_Q))
@@ -154,7 +169,7 @@ def _embedded(hooked: Hooked, tokens: slice | Tensor, normed: bool) -> Float[Ten
         return embedded
     if hooked.final_norm == "layer":
         embedded = embedded - embedded.mean(-1, keepdim=True)
-    return embedded / (embedded.pow(2).mean(-1, keepdim=True) + hooked.cfg.eps).sqrt()
+    return embedded / (embedded.pow(2).mean(-1, keepdim=True) + hooked.eps).sqrt()
 
 
 def _unembedded(hooked: Hooked, tokens: slice | Tensor) -> Float[Tensor, "token d_model"]:

@@ -11,15 +11,26 @@ from torch import Tensor
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
+from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import random_repeats
 from mechhier.phenomena.induction.attention import Sums, on_repeats, on_text
 from mechhier.phenomena.induction.causal import Effects, ablate, choose_heads, control_sets
-from mechhier.phenomena.induction.circuits import N_ROTATIONS, N_SAMPLED_TOKENS, copying_scores, k_composition
+from mechhier.phenomena.induction.circuits import N_ROTATIONS, N_SAMPLED_TOKENS, copying_scores, k_composition, why_not
 from mechhier.phenomena.induction.kinds import KINDS, THRESHOLD, above_uniform, kinds_of
 from mechhier.phenomena.induction.losses import copy_losses, early_and_late, late_minus_early, text_and_floor
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
-from mechhier.results import Variables, best_of, mean_interval, scored
+from mechhier.results import (
+    INTERVAL,
+    MIN_SAMPLES,
+    Variables,
+    best_of,
+    mean_interval,
+    scored,
+    undefined,
+    warn_undefined,
+    with_bounds,
+)
 
 DEFINITION = (
     "Mean attention A[q, k]. On random repeats [BOS] r r with |r| = n, q in the second copy: IND = A[q, q-n+1], "
@@ -59,6 +70,7 @@ _LONG_NAMES = {
 _LOSSES = {"copy_loss": "loss on the second copy", "ICL_score": "late minus early loss on text"}
 
 
+@in_default_torch_state
 def induction(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,
@@ -81,7 +93,8 @@ def induction(
         model: A `HookedTransformer` or `TransformerBridge`.
         tokens: Text to score in distribution, token ids without padding. By default held-out text of the grammar that
             the model was trained on; without a grammar the text scores are left out.
-        n_sequences: Number of random-repeat sequences, and of text sequences drawn from the grammar; at least 4.
+        n_sequences: Number of random-repeat sequences, and of text sequences drawn from the grammar. With fewer than 4
+            bounds are undefined, and so is every head's kind; with fewer than 8 those of what half of them give.
         n_controls: Number of sets of random heads that are ablated beside the induction heads; 0 leaves the ablations
             out. Where layers have few heads there are fewer sets (the rest of `control` is NaN), and where they have
             one each there are none.
@@ -89,7 +102,8 @@ def induction(
         max_bytes: Working memory of one batch, from which the batch size follows.
 
     Returns:
-        Attention mass in [0, 1], with `_low`, `_high` (95 %, bootstrap over sequences) and the scalar `_uniform`:
+        Attention mass in [0, 1], with `_low`, `_high` (95 %, studentised bootstrap over sequences, on repeats within
+        lengths) and the scalar `_uniform`:
         `IND`, `DUP`, `PREV`, with text `IND_text`, `DUP_text`, `NEXT_text`, and with a grammar `ROLE_text`, each
         `[layer, head]`. With a grammar the first three text scores also have `_null` `[layer, head]`: what the head
         would score if it knew syntax alone. `X_best` is the score, on every other sequence, of the head
@@ -118,8 +132,8 @@ def induction(
         >>> bool(result.IND.sel(layer=1, head=0) > 0.99)
         True
     """
-    if n_sequences < 4:
-        raise ValueError(f"n_sequences must be at least 4, so that both halves have an interval, got {n_sequences}")
+    if n_sequences < 1:
+        raise ValueError(f"n_sequences must be at least 1, got {n_sequences}")
     if n_controls < 0:
         raise ValueError(f"n_controls must be at least 0, got {n_controls}")
     hooked = Hooked(model, max_bytes=max_bytes)
@@ -134,14 +148,30 @@ def induction(
         for name, copy, words in (("copy_loss", 1, "second"), ("first_copy_loss", 0, "first")):
             values = np.concatenate([both[copy] for both in copies])
             long_name = f"loss on the {words} copy of random repeats"
-            variables |= scored(name, (), values, np.ones(n_sequences), long_name=long_name, units="nats", seed=seed)
+            variables |= scored(
+                name,
+                (),
+                values,
+                np.ones(n_sequences),
+                long_name=long_name,
+                units="nats",
+                seed=seed,
+                strata=scores["IND"].lengths,
+            )
         if text is not None:
             of_text, losses = on_text(hooked, text, categories, advance)
             scores |= of_text
             improvement = late_minus_early(losses if floor is None else losses - floor)
             long_name = _LOSSES["ICL_score"] + ("" if floor is None else ", above the floor")
             variables |= scored(
-                "ICL_score", (), improvement, np.ones(len(text)), long_name=long_name, units="nats", seed=seed
+                "ICL_score",
+                (),
+                improvement,
+                np.ones(len(text)),
+                long_name=long_name,
+                units="nats",
+                seed=seed,
+                change=True,
             )
     described: Variables = {}
     for name, sums in scores.items():
@@ -156,6 +186,7 @@ def induction(
     if n_controls:
         ablations, n_control_sets = _ablations(hooked, scores["IND"], repeats, text, n_controls, seed=seed)
         variables |= ablations
+    _warn_undefined(variables, n_sequences, n_text)
     return xr.Dataset(
         variables,
         coords={"layer": np.arange(hooked.n_layers), "head": np.arange(hooked.n_heads)},
@@ -172,6 +203,7 @@ def induction(
             text=text_source,
             ICL_floor=floor_source,
             ICL_positions=_positions(text),
+            interval=f"{INTERVAL.format(samples='sequences')}; random repeats: within lengths",
         ),
     )
 
@@ -210,7 +242,9 @@ def _positions(text: Int[Tensor, "batch pos"] | None) -> str:
 def _describe(name: str, sums: Sums, *, seed: int) -> Variables:
     long_name, units, dims = _LONG_NAMES[name], "attention mass", ("layer", "head")
     counts = sums.n_queries[:, None, None]
-    variables = scored(name, dims, sums.attention, counts, long_name=long_name, units=units, seed=seed)
+    variables = scored(
+        name, dims, sums.attention, counts, long_name=long_name, units=units, seed=seed, strata=sums.lengths
+    )
     variables[f"{name}_uniform"] = (
         (),
         _mean(sums.uniform, sums.n_queries),
@@ -221,7 +255,13 @@ def _describe(name: str, sums: Sums, *, seed: int) -> Variables:
     chosen = sums.attention[halves, layer, head], sums.n_queries[halves]
     best = f"{name}_best"
     variables |= scored(
-        best, (), *chosen, long_name=f"{long_name}, head chosen on the other half", units=units, seed=seed
+        best,
+        (),
+        *chosen,
+        long_name=f"{long_name}, head chosen on the other half",
+        units=units,
+        seed=seed,
+        strata=None if sums.lengths is None else sums.lengths[halves],
     )
     if sums.category_null is not None:
         label = f"{long_name}, syntax alone"
@@ -242,24 +282,30 @@ def _mean(sums: Float[np.ndarray, "sequence ..."], counts: Float[np.ndarray, "se
         return np.asarray(sums.sum(0) / counts.sum(0))
 
 
-def _bounded(
-    name: str,
-    dims: tuple[str, ...],
-    values: tuple[np.ndarray, np.ndarray, np.ndarray],
-    *,
-    long_name: str,
-    units: str,
-) -> Variables:
-    labels = (long_name, f"{long_name}, lower bound (95 %)", f"{long_name}, upper bound (95 %)")
-    return {
-        name + suffix: (dims, value, {"long_name": label, "units": units})
-        for suffix, value, label in zip(("", "_low", "_high"), values, labels, strict=True)
-    }
+def _warn_undefined(variables: Variables, n_sequences: int, n_text: int) -> None:
+    """Say once what is NaN, and why; but for the K-composition of the first layer, which there is not."""
+    values, bounds = undefined({name: each for name, each in variables.items() if "K_composition" not in name})
+    reasons = []
+    if values:
+        reasons.append(
+            f"nothing counts for {', '.join(values)}: no query has such a key, or no sequence is left that did not choose "
+            "the head"
+        )
+    if bounds:
+        reasons.append(
+            f"an interval needs {MIN_SAMPLES} sequences that count, and twice as many where half of them choose the heads "
+            f"(X_best, X_change): with {n_sequences} random repeats and {n_text} texts there is none of "
+            f"{', '.join(bounds)}" + ("; and no head's kind can be told" if "IND" in bounds else "")
+        )
+    if reasons:
+        warn_undefined(f"induction: {'; '.join(reasons)}")
 
 
 def _from_weights(hooked: Hooked, previous: Float[np.ndarray, "layer head"], *, seed: int) -> Variables:
     dims = ("layer", "head")
-    variables = _bounded(
+    if (why := why_not(hooked)) is not None:
+        warn_undefined(f"copying and K-composition are NaN: {why}")
+    variables = with_bounds(
         "copying",
         dims,
         copying_scores(hooked, seed=seed),
@@ -269,7 +315,7 @@ def _from_weights(hooked: Hooked, previous: Float[np.ndarray, "layer head"], *, 
     composition = k_composition(hooked, previous, seed=seed)
     rotary = " (approximate: rotary)" if getattr(hooked.cfg, "positional_embedding_type", "") == "rotary" else ""
     long_name = f"K-composition with the best previous-token head, above random{rotary}"
-    variables |= _bounded("K_composition", dims, composition.excess, long_name=long_name, units="dimensionless")
+    variables |= with_bounds("K_composition", dims, composition.excess, long_name=long_name, units="dimensionless")
     label = {"long_name": "K-composition with that head randomly rotated", "units": "dimensionless"}
     variables["K_composition_baseline"] = (dims, composition.baseline, label)
     for place, which in enumerate(("layer", "head")):
@@ -290,7 +336,8 @@ def _ablations(
 ) -> tuple[Variables, int]:
     """The ablations' variables, and the number of control sets; the heads are chosen on every other sequence."""
     sums, counts = ind.attention[::2], ind.n_queries[::2, None, None]
-    means, low, _ = mean_interval(sums, counts, seed=seed)
+    lengths = None if ind.lengths is None else ind.lengths[::2]
+    means, low, _ = mean_interval(sums, counts, seed=seed, strata=lengths)
     uniform = float(ind.uniform[::2].sum() / ind.n_queries[::2].sum())
     chosen = choose_heads(means, above_uniform(low, uniform) > THRESHOLD)
     ablated = np.zeros(means.shape, dtype=np.int64)
@@ -310,17 +357,21 @@ def _ablations(
 
 def _effect(name: str, loss: str, effect: Effects, n_controls: int, *, seed: int) -> Variables:
     long_name = f"change of the {loss} without the induction heads"
-    variables = scored(name, (), effect.top, np.ones(len(effect.top)), long_name=long_name, units="nats", seed=seed)
+    variables = scored(
+        name,
+        (),
+        effect.top,
+        np.ones(len(effect.top)),
+        long_name=long_name,
+        units="nats",
+        seed=seed,
+        strata=effect.lengths,
+        change=True,
+    )
     by_set = effect.controls.mean(1)
     null = (by_set.mean(), *np.quantile(by_set, (0.025, 0.975)))
     long_name = f"change of the {loss} without random heads of the same layers"
-    variables |= _bounded(
-        f"{name}_null",
-        (),
-        (np.asarray(null[0]), np.asarray(null[1]), np.asarray(null[2])),
-        long_name=long_name,
-        units="nats",
-    )
+    variables |= with_bounds(f"{name}_null", (), null, long_name=long_name, units="nats")
     p = (1 + (by_set >= effect.top.mean()).sum()) / (1 + len(by_set))
     variables[f"{name}_p"] = (
         (),
