@@ -26,6 +26,7 @@ from mechhier.models.errors import (
     UnexpectedWeightsError,
     UnsupportedModelError,
     WeightShapeError,
+    WrongDtypeError,
 )
 from mechhier.models.hooked import Hooked
 from mechhier.models.loading import bos_token_id
@@ -292,6 +293,20 @@ def cast(hf):
     last_linear(hf).weight = torch.nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
 
 
+def halve(hf):
+    last_linear(hf).weight.data = last_linear(hf).weight.data.half()
+
+
+def shorten(hf):
+    owner = next(
+        module
+        for module in hf.modules()
+        if isinstance(getattr(module, "layers", getattr(module, "h", 0)), torch.nn.ModuleList)
+    )
+    name = "layers" if hasattr(owner, "layers") else "h"
+    setattr(owner, name, getattr(owner, name)[:2])
+
+
 def offloaded(hf):
     weights = {name: weight.clone() for name, weight in hf.state_dict().items()}
     attach_align_device_hook(hf, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
@@ -338,6 +353,18 @@ CHANGES = {
     "offloaded": (offloaded, ChangedModelError, r"accelerate's AlignDevicesHook.*device_map"),
     "without numbers": (lambda hf: hf.to("meta"), ChangedModelError, r"weights that are not in memory"),
     "int8": (cast, QuantizedWeightsError, r"2\.mlp\..*model\.dequantize\(\)"),
+    "two dtypes": (halve, WrongDtypeError, r"torch\.float16, torch\.float32.*dtype="),
+    "layers taken": (shorten, IncompleteWeightsError, r"\.2\..*config"),
+    "a head added": (
+        lambda hf: setattr(hf, "v_head", torch.nn.Linear(64, 1)),
+        UnexpectedWeightsError,
+        r"\['v_head\.bias', 'v_head\.weight'\]",
+    ),
+    "a larger embedding": (
+        lambda hf: setattr(hf.get_input_embeddings(), "weight", torch.nn.Parameter(torch.zeros(70, 64))),
+        WeightShapeError,
+        r"weight is \[70, 64\] in the model and \[50, 64\] by the config",
+    ),
 }
 
 
