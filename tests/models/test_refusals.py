@@ -431,6 +431,34 @@ def test_a_model_in_a_wrapper_is_to_be_given_itself():
         load_model(wrapped)
 
 
+SETTINGS = {
+    "gpt2": {"scale_attn_weights": False},
+    "gpt2-crossed": {"add_cross_attention": True},
+    "gpt_bigcode": {"scale_attn_weights": False},
+    "gpt_bigcode-many": {"multi_query": False},
+    "gpt_neox": {"attention_bias": False},
+    "falcon": {"new_decoder_architecture": True},
+    "opt": {"do_layer_norm_before": False},
+    "phi": {"qk_layernorm": True},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_transformerlens_does_not_have_is_named(name):
+    config = transformers.AutoConfig.for_model(
+        name.partition("-")[0],
+        **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"n_inner": 48, "ffn_dim": 48, "word_embed_proj_dim": 32, "intermediate_size": 48},
+        **SETTINGS[name],
+    )
+    hf = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        hf(random_tokens(), use_cache=False)
+    ((setting, value),) = SETTINGS[name].items()
+    with pytest.raises(UnsupportedModelError, match=f"TransformerBridge cannot represent .* {setting}={value}"):
+        load_model(hf, as_="bridge")
+
+
 # Tokenizers.
 
 TEXT = "the river rises in the mountains and runs south through three valleys"
