@@ -186,7 +186,7 @@ def induction(
     if n_controls:
         ablations, n_control_sets = _ablations(hooked, scores["IND"], repeats, text, n_controls, seed=seed)
         variables |= ablations
-    _warn_undefined(variables, n_sequences, n_text)
+    _warn_undefined(variables, n_sequences, n_text, of_weights=why_not(hooked))
     return xr.Dataset(
         variables,
         coords={"layer": np.arange(hooked.n_layers), "head": np.arange(hooked.n_heads)},
@@ -282,10 +282,11 @@ def _mean(sums: Float[np.ndarray, "sequence ..."], counts: Float[np.ndarray, "se
         return np.asarray(sums.sum(0) / counts.sum(0))
 
 
-def _warn_undefined(variables: Variables, n_sequences: int, n_text: int) -> None:
+def _warn_undefined(variables: Variables, n_sequences: int, n_text: int, *, of_weights: str | None) -> None:
     """Say once what is NaN, and why; but for the K-composition of the first layer, which there is not."""
-    values, bounds = undefined({name: each for name, each in variables.items() if "K_composition" not in name})
-    reasons = []
+    from_weights = ("K_composition", "copying")
+    values, bounds = undefined({name: each for name, each in variables.items() if not name.startswith(from_weights)})
+    reasons = [] if of_weights is None else [f"copying and K-composition are not defined: {of_weights}"]
     if values:
         reasons.append(
             f"nothing counts for {', '.join(values)}: no query has such a key, or no sequence is left that did not choose "
@@ -303,8 +304,6 @@ def _warn_undefined(variables: Variables, n_sequences: int, n_text: int) -> None
 
 def _from_weights(hooked: Hooked, previous: Float[np.ndarray, "layer head"], *, seed: int) -> Variables:
     dims = ("layer", "head")
-    if (why := why_not(hooked)) is not None:
-        warn_undefined(f"copying and K-composition are NaN: {why}")
     variables = with_bounds(
         "copying",
         dims,
