@@ -1,4 +1,4 @@
-"""A config against the weights beside it: what can be known of a model before any of its numbers is read.
+"""A config against the weights beside it, or in memory: what can be known of a model before any of its numbers is read.
 
 Names and shapes are compared by transformers' own loading, run on the device `meta`, where tensors have no numbers:
 whatever it renames, merges, ties or ignores is renamed, merged, tied or ignored here, and nothing is allocated.
@@ -6,6 +6,7 @@ whatever it renames, merges, ties or ignores is renamed, merged, tied or ignored
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from mechhier.models.errors import (
     ChangedModelError,
     IncompleteWeightsError,
     ModelLoadError,
+    QuantizedWeightsError,
     UnexpectedWeightsError,
     UnsupportedModelError,
     WeightShapeError,
@@ -154,7 +156,7 @@ def check_weights(files: ModelFiles, config: PreTrainedConfig, headers: dict[str
         IncompleteWeightsError: A weight is missing.
         UnexpectedWeightsError: There are weights that the config does not ask for.
 
-    Cost: the model is built twice without numbers, milliseconds for each layer; no memory.
+    Cost: the model is built without numbers, milliseconds for each layer and no memory; twice where a dtype is odd.
     """
     compared = _compare(files, config, headers)
     plain = {name: header for name, header in headers.items() if _is_plain(header.dtype)}
@@ -166,31 +168,87 @@ def check_weights(files: ModelFiles, config: PreTrainedConfig, headers: dict[str
         if quantized:
             dtypes = sorted({str(header.dtype) for header in headers.values() if not _is_plain(header.dtype)})
             raise quantized_weights(files, [*quantized[:3], f"dtypes {', '.join(dtypes)}"])
-    if not (compared.shapes or compared.missing or compared.unexpected):
+    facts = _differences(compared, "in the files")
+    if not facts:
         return
-    facts, error, remedy = [], UnexpectedWeightsError, ""
-    if compared.unexpected:
-        facts.append(f"the files hold weights that the config does not ask for: {_listed(compared.unexpected)}")
-        remedy = (
-            "take config.json and weights from the same place and revision. If those weights are no part of the "
-            "model, write it once without them, with\n"
-            f"  AutoModelForCausalLM.from_pretrained({files.original}).save_pretrained(FOLDER)\n"
-            "and load FOLDER"
+    if unknown := _unknown_settings(files, config):
+        facts.append(
+            f"config.json has settings that {config.model_type!r} in transformers does not: {shortened(unknown)} (if they "
+            "are the sizes, a conversion of the model is wanted; OLMo's are named -hf)"
         )
-    if compared.missing:
-        facts.append(f"it has no weights for {_listed(compared.missing)}")
-        # A part that was not copied is to be copied; other names are another model.
-        error, remedy = IncompleteWeightsError, remedy if compared.unexpected else files.repair
+    raise _error(compared)(f"cannot load {files.what}: {'; '.join(facts)}. What to do: {_remedy(files, compared)}")
+
+
+def check_own_weights(model: PreTrainedModel) -> None:
+    """Refuse a model in memory whose weights are not those that its class makes from its config.
+
+    Raises:
+        QuantizedWeightsError: A weight has less than 16 bits, is no number of floating point, or no plain tensor.
+        WeightShapeError, IncompleteWeightsError, UnexpectedWeightsError: As `check_weights`, for example of a model
+            from which layers were taken.
+    """
+    quantized = [
+        name
+        for name, weight in model.named_parameters()
+        if not _is_plain(weight.dtype) or type(weight.data) is not torch.Tensor
+    ]
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    try:
+        with _quiet(), torch.device("meta"):
+            asked = {name: value.shape for name, value in type(model)(copy.deepcopy(model.config)).state_dict().items()}
+    except Exception:  # noqa: BLE001  a class of someone's own may be made from anything
+        asked = own
+    compared = _Comparison(
+        missing=asked.keys() - own.keys(),
+        unexpected={name for name in own.keys() - asked.keys() if not _NO_WEIGHTS.search(name)},
+        shapes={name: (list(own[name]), list(asked[name])) for name in own.keys() & asked if own[name] != asked[name]},
+        model=model,
+    )
+    facts = _differences(compared, "in the model")
+    what = f"cannot load this {type(model).__name__}"
+    if quantized or (facts and getattr(model, "is_quantized", False)):
+        raise QuantizedWeightsError(
+            f"{what}: its weights are quantised: {shortened(quantized or facts)}. What to do: load the model that it was "
+            "made from, or give model.dequantize()"
+        )
+    if facts:
+        raise _error(compared)(
+            f"{what}: {'; '.join(facts)}. What to do: set the sizes in model.config to those of the model, where they "
+            "were left behind, or load the model anew"
+        )
+
+
+def _differences(compared: _Comparison, where: str) -> list[str]:
+    facts = []
     if compared.shapes:
         shown = [
-            f"{name} is {list(stored)} in the files and {list(asked)} by the config"
+            f"{name} is {stored} {where} and {asked} by the config"
             for name, (stored, asked) in sorted(compared.shapes.items())
         ]
         facts.append(f"shapes differ: {shortened(shown)}")
-        error, remedy = WeightShapeError, "take config.json and weights from the same place and revision"
-    if unknown := _unknown_settings(files, config):
-        facts.append(f"(config.json has settings that {config.model_type!r} does not know: {shortened(unknown)})")
-    raise error(f"cannot load {files.what}: {'; '.join(reversed(facts))}. What to do: {remedy}")
+    if compared.missing:
+        facts.append(f"it has no weights for {_listed(compared.missing)}")
+    if compared.unexpected:
+        facts.append(f"it has weights that the config does not ask for: {_listed(compared.unexpected)}")
+    return facts
+
+
+def _error(compared: _Comparison) -> type[ModelLoadError]:
+    if compared.shapes:
+        return WeightShapeError
+    return IncompleteWeightsError if compared.missing else UnexpectedWeightsError
+
+
+def _remedy(files: ModelFiles, compared: _Comparison) -> str:
+    if compared.missing and not (compared.shapes or compared.unexpected):
+        return files.repair
+    together = "take config.json and weights from the same place and revision"
+    if compared.shapes or compared.missing:
+        return together
+    return (
+        f"{together}; or, if those weights are no part of the model, write it once without them, with\n"
+        f"  AutoModelForCausalLM.from_pretrained({files.original}).save_pretrained(FOLDER)\nand load FOLDER"
+    )
 
 
 def _is_plain(dtype: torch.dtype) -> bool:

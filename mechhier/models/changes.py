@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from mechhier.models.errors import ChangedModelError, ModelLoadError, QuantizedWeightsError
+from mechhier.models.errors import ChangedModelError, ModelLoadError, WrongDtypeError
 from mechhier.models.weights import shortened
 
 _OWN_PACKAGES = ("torch", "transformers")
@@ -53,7 +53,6 @@ def check_unchanged(model: nn.Module) -> None:
     Raises:
         ChangedModelError: With the modules' names, and the way to make the change part of the weights or to take it
             back.
-        QuantizedWeightsError: Weights are not numbers of floating point.
     """
     for describe, remedy in _CHANGES:
         found = [
@@ -66,21 +65,23 @@ def check_unchanged(model: nn.Module) -> None:
                 f"cannot load this {type(model).__name__}: a hooked model would leave out what is not in its class and "
                 f"weights ({shortened(found)}). What to do: {remedy}"
             )
-    quantized = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
-    if quantized or getattr(model, "is_quantized", False):
-        raise QuantizedWeightsError(
-            f"cannot load this {type(model).__name__}: its weights are quantised"
-            f"{': ' if quantized else ''}{shortened(quantized)}. What to do: load the model that it was made from, or "
-            "model.dequantize()"
-        )
 
 
-def own_copy(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy on one device, which computes attention in the plain way and shares nothing with the original.
+def own_copy(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A copy on one device and in one dtype (None: the model's own), which shares nothing with the original.
+
+    It computes attention in the plain way.
 
     Raises:
+        WrongDtypeError: It has weights of several dtypes, and none is given.
         ModelLoadError: It cannot be copied, because a run left part of a computation in it.
     """
+    dtypes = {weight.dtype for weight in model.parameters()}
+    if dtype is None and len(dtypes) > 1:
+        raise WrongDtypeError(
+            f"this {type(model).__name__} has weights of several dtypes ({', '.join(sorted(map(str, dtypes)))}), a hooked "
+            "model of one. What to do: say which with dtype="
+        )
     try:
         copied = copy.deepcopy(model)
     except RuntimeError as error:
@@ -92,7 +93,7 @@ def own_copy(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype
     remove_hook_from_submodules(copied)
     for name in ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"):
         vars(copied).pop(name, None)
-    copied.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
+    copied.to(device=device, dtype=dtype or model.dtype)  # pyright: ignore[reportCallIssue]
     if copied.config._attn_implementation not in ("eager", "sdpa"):
         copied.set_attn_implementation("eager")
     return copied

@@ -27,7 +27,7 @@ from transformers import (
 
 from mechhier.grammars import Corpus
 from mechhier.models import verification
-from mechhier.models.agreement import check_no_adapter, check_weights, read_config
+from mechhier.models.agreement import check_no_adapter, check_own_weights, check_weights, read_config
 from mechhier.models.changes import check_unchanged, is_adapter, own_copy
 from mechhier.models.errors import (
     HubUnreachableError,
@@ -563,8 +563,9 @@ def _from_memory(
     if isinstance(source, PreTrainedModel):
         _check_processing(processing, source.config.model_type, dtype or source.dtype)
         check_unchanged(source)
+        check_own_weights(source)
         # The bridge changes the model it wraps, and HookedTransformer shares its weights.
-        model = own_copy(source, device=device or source.device, dtype=dtype or source.dtype)
+        model = own_copy(source, device=device or source.device, dtype=dtype)
         name = source.config.name_or_path or type(source).__name__
         architecture, weights = source.config.model_type, state_hash(model)
         info = ModelInfo(name=name, architecture=architecture, processing=processing, weights_hash=weights)

@@ -130,10 +130,14 @@ _HOOKED_TRANSFORMER: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "gpt2": (_gpt2, "convert_gpt2_weights"),
 }
 
-# Settings that TransformerBridge cannot do without: an assertion fails, or its logits are silently wrong.
+# Settings that TransformerBridge cannot do without: it cannot be built or run, or its logits are silently wrong.
 _BRIDGE_REQUIRES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"attention_bias": True},
-    "gpt2": {"scale_attn_weights": True},
+    "gpt2": {"scale_attn_weights": True, "add_cross_attention": False},
+    "gpt_bigcode": {"scale_attn_weights": True, "multi_query": True},
+    "falcon": {"new_decoder_architecture": False},
+    "opt": {"do_layer_norm_before": True},
+    "phi": {"qk_layernorm": False},
 }
 
 
@@ -284,7 +288,7 @@ def to_bridge(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | No
             raise UnsupportedModelError(
                 "this TransformerLens has no way to wrap a model without a tokenizer; save a tokenizer beside the model"
             )
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError, TypeError) as error:
         if isinstance(error, UnsupportedModelError):
             raise
         raise UnsupportedModelError(f"TransformerBridge cannot wrap a {architecture}: {error}") from error

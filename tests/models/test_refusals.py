@@ -26,6 +26,7 @@ from mechhier.models.errors import (
     UnexpectedWeightsError,
     UnsupportedModelError,
     WeightShapeError,
+    WrongDtypeError,
 )
 from mechhier.models.hooked import Hooked
 from mechhier.models.loading import bos_token_id
@@ -95,7 +96,10 @@ def test_a_config_in_the_words_of_another_program_is_not_filled_with_its_default
     with pytest.raises(WeightShapeError) as error:
         load_model(folder)
     assert "model.embed_tokens.weight is [50, 64] in the files and [50, 4096] by the config" in str(error.value)
-    assert "settings that 'olmo' does not know: d_model, max_sequence_length, mlp_hidden_size" in str(error.value)
+    assert "settings that 'olmo' in transformers does not: d_model, max_sequence_length, mlp_hidden_size" in str(
+        error.value
+    )
+    assert "named -hf" in str(error.value)
     assert "it has no weights for ['model.layers.10." in str(error.value)
 
 
@@ -289,6 +293,20 @@ def cast(hf):
     last_linear(hf).weight = torch.nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
 
 
+def halve(hf):
+    last_linear(hf).weight.data = last_linear(hf).weight.data.half()
+
+
+def shorten(hf):
+    owner = next(
+        module
+        for module in hf.modules()
+        if isinstance(getattr(module, "layers", getattr(module, "h", 0)), torch.nn.ModuleList)
+    )
+    name = "layers" if hasattr(owner, "layers") else "h"
+    setattr(owner, name, getattr(owner, name)[:2])
+
+
 def offloaded(hf):
     weights = {name: weight.clone() for name, weight in hf.state_dict().items()}
     attach_align_device_hook(hf, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
@@ -335,6 +353,18 @@ CHANGES = {
     "offloaded": (offloaded, ChangedModelError, r"accelerate's AlignDevicesHook.*device_map"),
     "without numbers": (lambda hf: hf.to("meta"), ChangedModelError, r"weights that are not in memory"),
     "int8": (cast, QuantizedWeightsError, r"2\.mlp\..*model\.dequantize\(\)"),
+    "two dtypes": (halve, WrongDtypeError, r"torch\.float16, torch\.float32.*dtype="),
+    "layers taken": (shorten, IncompleteWeightsError, r"\.2\..*config"),
+    "a head added": (
+        lambda hf: setattr(hf, "v_head", torch.nn.Linear(64, 1)),
+        UnexpectedWeightsError,
+        r"\['v_head\.bias', 'v_head\.weight'\]",
+    ),
+    "a larger embedding": (
+        lambda hf: setattr(hf.get_input_embeddings(), "weight", torch.nn.Parameter(torch.zeros(70, 64))),
+        WeightShapeError,
+        r"weight is \[70, 64\] in the model and \[50, 64\] by the config",
+    ),
 }
 
 
@@ -399,6 +429,34 @@ def test_a_model_in_a_wrapper_is_to_be_given_itself():
     wrapped = Lora(random_hf("llama").lm_head)
     with pytest.raises(ChangedModelError, match="merge_and_unload"):
         load_model(wrapped)
+
+
+SETTINGS = {
+    "gpt2": {"scale_attn_weights": False},
+    "gpt2-crossed": {"add_cross_attention": True},
+    "gpt_bigcode": {"scale_attn_weights": False},
+    "gpt_bigcode-many": {"multi_query": False},
+    "gpt_neox": {"attention_bias": False},
+    "falcon": {"new_decoder_architecture": True},
+    "opt": {"do_layer_norm_before": False},
+    "phi": {"qk_layernorm": True},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_transformerlens_does_not_have_is_named(name):
+    config = transformers.AutoConfig.for_model(
+        name.partition("-")[0],
+        **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"n_inner": 48, "ffn_dim": 48, "word_embed_proj_dim": 32, "intermediate_size": 48},
+        **SETTINGS[name],
+    )
+    hf = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        hf(random_tokens(), use_cache=False)
+    ((setting, value),) = SETTINGS[name].items()
+    with pytest.raises(UnsupportedModelError, match=f"TransformerBridge cannot represent .* {setting}={value}"):
+        load_model(hf, as_="bridge")
 
 
 # Tokenizers.
