@@ -104,10 +104,10 @@ class ModelInfo:
     `unknown` for a `HookedTransformer` that someone else built."""
     verification: str = field(default="not verified", compare=False)
     """What was seen of the model when it was loaded (`mechhier.models.verification`)."""
-    weights_hash: str | None = None
+    weights_hash: str | None = field(default=None, compare=False)
     """Hash of the weights as they were loaded (`mechhier.models.identity.state_hash`): the same for both classes, and
     whether folded or not. None for a hooked model that someone else built."""
-    parameters_hash: str | None = None
+    parameters_hash: str | None = field(default=None, compare=False)
     """Hash of the hooked model's own parameters at that time, by which a later change is noticed."""
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import Accelerator, dispatch_model
 from accelerate.hooks import attach_align_device_hook
+from accelerate.state import AcceleratorState
 from random_models import ARCHITECTURES, CLASSES, HAS_HOOKED_TRANSFORMER, random_hf, random_tokens
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
@@ -307,6 +308,15 @@ def shorten(hf):
     setattr(owner, name, getattr(owner, name)[:2])
 
 
+def in_mixed_precision(hf):
+    # Accelerate has one state for the whole process, which other tests may have made and others will want.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True).prepare(hf)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def offloaded(hf):
     weights = {name: weight.clone() for name, weight in hf.state_dict().items()}
     attach_align_device_hook(hf, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
@@ -346,7 +356,7 @@ CHANGES = {
         r"2\.mlp: forward replaced.*del module\.forward",
     ),
     "mixed precision": (
-        lambda hf: Accelerator(mixed_precision="bf16", cpu=True).prepare(hf),
+        in_mixed_precision,
         ChangedModelError,
         r"forward replaced.*unwrap_model",
     ),
