@@ -210,6 +210,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, sliding": ("mistral", {"sliding_window": 5}),
     "gemma2, capped": ("gemma2", {"sliding_window": 5, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
     "gpt_oss, sinks": ("gpt_oss", {"sliding_window": 5}),
+    "gpt_oss, sinks without windows": ("gpt_oss", {"layer_types": ["full_attention"] * N_LAYERS}),
     "qwen2, one group": ("qwen2", {"num_key_value_heads": 1}),
     "stablelm, norms of queries": ("stablelm", {"qk_layernorm": True}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),

@@ -141,7 +141,7 @@ def test_a_runs_checkpoint_carries_its_grammar_step_and_tokenizer(tmp_path, kind
     ).write(run)
 
     hooked = load_model(checkpoint, as_=kind)
-    assert model_info(hooked) == ModelInfo(name="my-run", architecture="llama", step=400, grammar=grammar)
+    assert model_info(hooked) == ModelInfo(name="my-run", architecture="llama", step=400, seed=0, grammar=grammar)
     text = [grammar.vocabulary[0], grammar.vocabulary[4], grammar.vocabulary[-1]]
     assert hooked.to_tokens(" ".join(text)).tolist() == [[0, 4, grammar.eos_token_id]]
     with pytest.raises(ModelLoadError, match=r"is a run, not a checkpoint.*Run\.open"):

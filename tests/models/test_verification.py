@@ -118,7 +118,7 @@ def module_that_writes(hf, tokens, written):
 
 
 def check_knock_out(hf, model, tokens):
-    """Cutting one key, against Hugging Face's model with that key masked before the softmax."""
+    """Cutting one key, against Hugging Face's model with that key masked before the softmax; whether it could be compared."""
     length, key = tokens.shape[1], 2
     lowest = torch.finfo(torch.float32).min
     mask = torch.full((length, length), lowest).triu(1)
@@ -129,7 +129,7 @@ def check_knock_out(hf, model, tokens):
     if not Hooked(model).can("pattern edits") or not Hooked(model).can("pattern"):
         with pytest.raises(CapabilityError, match="pattern"), knocked_out(model, [edge]):
             Hooked(model).run(tokens)
-        return
+        return False
     with torch.no_grad(), contextlib.suppress(ValueError, RuntimeError):
         plain = hf(tokens, use_cache=False).logits
         whole, without = (hf(tokens, attention_mask=each, use_cache=False).logits for each in masks)
@@ -137,6 +137,8 @@ def check_knock_out(hf, model, tokens):
             with knocked_out(model, [edge]):
                 ours = Hooked(model).run(tokens)
             assert_close(ours, without, tolerance=1e-3)
+            return True
+    return False
 
 
 def check_last_position(hooked, tokens):
@@ -253,6 +255,13 @@ def test_what_the_weights_say_is_left_out_where_they_do_not_make_the_activations
     assert bool(result.copying.isnull().all())
     assert bool(result.K_composition.isnull().all())
     assert bool(result.IND.notnull().all())
+
+
+def test_a_sink_keeps_its_part_of_the_softmax_when_a_key_is_cut():
+    hf = every_architecture.build_variant("gpt_oss, sinks without windows")
+    model, tokens = load_model(hf), random_tokens()
+    assert Hooked(model).verification.has_sinks
+    assert check_knock_out(hf, model, tokens)  # compared with Hugging Face's own masking
 
 
 def test_verification_is_in_every_result_and_its_absence_too():
