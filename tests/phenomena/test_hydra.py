@@ -611,9 +611,11 @@ def test_median_repair_shares_interval_equals_a_plain_loop_over_resamples():
         sets = [share[:3], share[:4] if means[3] > 0.1 else share[:3], share[:4]]
         least.append(min(np.median(each) for each in sets))
         most.append(max(np.median(each) for each in sets))
-    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
+    widened = np.sqrt(n / (n - 1)) * 2.0687 / 1.96  # Student's t of 23 degrees of freedom.
+    median = np.median((repair.sum(1) / -own.sum(1))[:3])
+    expected = [median + widened * (end - median) for end in (np.quantile(least, 0.025), np.quantile(most, 0.975))]
     ends = [float(found[f"repair_share_median{end}"][1]) for end in ("_low", "_high")]
-    np.testing.assert_allclose(ends, [np.quantile(least, tail), np.quantile(most, 1 - tail)], atol=0.02)
+    np.testing.assert_allclose(ends, expected, atol=0.02)
     assert ends[0] < 0.4 < 0.45 < ends[1]  # The medians without and with the fourth part.
 
 
@@ -621,7 +623,7 @@ def test_median_repair_shares_interval_equals_a_plain_loop_over_resamples():
 @pytest.mark.parametrize(
     ("n", "lost", "share"),
     [
-        *((n, (1.0, 0.8, near), (0.2, 0.5, 0.9)) for n in (8, 24, 64) for near in (0.09, 0.102, 0.11, 0.13)),
+        *((n, (1.0, 0.8, near), (0.2, 0.5, 0.9)) for n in (4, 8, 24, 64) for near in (0.09, 0.102, 0.11, 0.13)),
         (24, (1.0, 0.8, 0.6, 0.11), (0.2, 0.3, 0.5, 0.9)),
         # Many parts that lose too little to count, each as unsure as near the gate.
         (24, (0.5, 0.6, 0.7, 0.8, 0.9, *[0.05] * 40), (0.1, 0.2, 0.3, 0.4, 0.5, *[0.9] * 40)),

@@ -112,7 +112,6 @@ def repair_share(
     bounds = median_bounds(
         repaired, lost, counts.reshape(-1), surely.reshape(-1), possibly.reshape(-1), min_lost=min_lost, seed=seed
     )
-    bounds = np.minimum(bounds[0], median), np.maximum(bounds[1], median)
     label = f"median over parts that surely lose more than {min_lost} logits of the {long_name}"
     labels = (label, f"{label}, lower bound (95 %)", f"{label}, upper bound (95 %)")
     medians = {
@@ -144,7 +143,7 @@ def median_bounds(
     surely lose more, those and the possible ones that do so in this resample, and all possible ones. The lower bound is
     the quantile of the least of the three, the upper one that of the largest: a part near the gate widens the interval
     by what its membership changes. A possible part, were it counted, would lose `min_lost` at least, and is taken to.
-    The quantiles are widened for few samples as Student's t is beside the normal (Hesterberg 2015).
+    Their distances from the estimate are widened for few samples as Student's t is beside the normal.
 
     Args:
         repaired: Sums of self-repair by sample; sets of parts are independent of each other.
@@ -164,6 +163,7 @@ def median_bounds(
     if n < MIN_SAMPLES or not surely.any():
         return undefined, undefined
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=N_RESAMPLES).astype(np.float64)
+    estimate = _masked_median(repaired.sum(0) / lost.sum(0), surely)
     total = (drawn @ counts).reshape(-1, *[1] * surely.ndim)
     repaired, lost = (np.tensordot(drawn, each, axes=1) / total for each in (repaired, lost))
     share = repaired / np.maximum(lost, min_lost)
@@ -171,9 +171,12 @@ def median_bounds(
         _masked_median(share, np.broadcast_to(mask, share.shape))
         for mask in (surely, surely | (possibly & (lost > min_lost)), surely | possibly)
     ]
-    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - CONFIDENCE) / 2, n - 1))
+    tail = (1 - CONFIDENCE) / 2
     low = np.quantile(np.minimum.reduce(medians), tail, axis=0, method="inverted_cdf")
     high = np.quantile(np.maximum.reduce(medians), 1 - tail, axis=0, method="inverted_cdf")
+    widened = np.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail)
+    low = estimate - widened * np.maximum(estimate - low, 0)
+    high = estimate + widened * np.maximum(high - estimate, 0)
     defined = surely.any(-1)
     return np.where(defined, low, np.nan), np.where(defined, high, np.nan)
 
