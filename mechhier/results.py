@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,6 @@ def mean_interval(
     counts: Float[np.ndarray, "sample ..."],
     *,
     seed: int,
-    statistic: Callable[[np.ndarray, np.ndarray, int], np.ndarray] = ratio,
     strata: Int[np.ndarray, " sample"] | None = None,
     bounds: tuple[float, float] = UNBOUNDED,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,14 +99,10 @@ def mean_interval(
     makes the interval wide. The residuals within strata are pooled, and a stratum with one sample is joined with the
     next.
 
-    Another `statistic` has no standard error of its own. Its interval is symmetric: as wide as the 95 % of resamples that
-    are closest, widened as Student's t is beside the normal.
-
     Args:
         sums: Per sample, the sum of the measured values.
         counts: Per sample, how many values were summed; broadcast against `sums`.
         seed: Seed of the resampling.
-        statistic: What is estimated from sums, counts and the axis of the samples, the mean unless given.
         strata: Which stratum each sample is of, in an order in which neighbours are alike; for means only.
         bounds: Smallest and largest possible value.
 
@@ -119,16 +114,13 @@ def mean_interval(
     Cost: `N_RESAMPLES` x samples x values multiplications, five times; memory 64 MiB.
     """
     sums, counts = np.broadcast_arrays(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
-    estimate = np.asarray(statistic(sums, counts, 0))
+    estimate = np.asarray(ratio(sums, counts, 0))
     counted = counts.any(axis=tuple(range(1, counts.ndim)))
     sums, counts = sums[counted], counts[counted]
     if len(sums) < MIN_SAMPLES:
         return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
-    if statistic is ratio:
-        of_counted = None if strata is None else np.asarray(strata)[counted]
-        low, high = _studentised(sums.reshape(len(sums), -1), counts.reshape(len(sums), -1), of_counted, seed)
-    else:
-        low, high = _symmetric(sums, counts, statistic, estimate, seed)
+    of_counted = None if strata is None else np.asarray(strata)[counted]
+    low, high = _studentised(sums.reshape(len(sums), -1), counts.reshape(len(sums), -1), of_counted, seed)
     low, high = (np.clip(bound.reshape(estimate.shape), *bounds) for bound in (low, high))
     return estimate, low, high
 
@@ -299,35 +291,6 @@ def _joined(strata: Int[np.ndarray, " sample"]) -> Int[np.ndarray, " sample"]:
         if filled > 1 and sizes[label + 1 :].sum() > 1:
             group, filled = group + 1, 0
     return joined[labels]
-
-
-def _symmetric(
-    sums: np.ndarray,
-    counts: np.ndarray,
-    statistic: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
-    estimate: np.ndarray,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    n = len(sums)
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        # Samples that are all alike have an interval of no width; scipy gives it, with a warning.
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        resampled = stats.bootstrap(
-            (sums, counts),
-            statistic,
-            paired=True,
-            axis=0,
-            vectorized=True,
-            method="percentile",
-            n_resamples=N_RESAMPLES,
-            batch=max(1, _BOOTSTRAP_BYTES // (8 * max(1, sums.size))),
-            rng=np.random.default_rng(seed),
-        ).bootstrap_distribution
-    away = np.sort(np.abs(resampled - estimate[..., None]), axis=-1)
-    place = np.maximum(np.ceil(CONFIDENCE * np.isfinite(away).sum(-1)).astype(int) - 1, 0)
-    half = np.take_along_axis(away, place[..., None], axis=-1)[..., 0]
-    half = half * stats.t.ppf(1 - _TAIL, n - 1) / stats.norm.ppf(1 - _TAIL) * (n / (n - 1)) ** 0.5
-    return estimate - half, estimate + half
 
 
 def scored(

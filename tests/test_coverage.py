@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mechhier import results
+from mechhier.phenomena.hydra.statistics import median_bounds
 
 N_DATA_SETS = 2000
 SIZES = (4, 8, 16, 32)
@@ -195,19 +196,17 @@ def correlations(n: int) -> tuple[float, float]:
 
 
 def medians(n: int) -> tuple[float, float]:
-    """The median over parts of ratios, as of repair shares: eleven parts, one of which lies apart."""
-    rng, parts = np.random.default_rng(n), np.r_[np.linspace(0.3, 0.5, 10), 2.0][:, None]
-    lost = rng.normal(2.0, 0.5, (n, 11, N_DATA_SETS))
-    own, shared = 0.1 * rng.normal(size=lost.shape), 0.3 * rng.normal(size=(n, 1, N_DATA_SETS))
+    """The median over parts of ratios, as of repair shares: eleven parts that surely lose something, one of which lies apart."""
+    rng, parts = np.random.default_rng(n), np.r_[np.linspace(0.3, 0.5, 10), 2.0]
+    lost = rng.normal(2.0, 0.5, (n, N_DATA_SETS, 11))
+    own, shared = 0.1 * rng.normal(size=lost.shape), 0.3 * rng.normal(size=(n, N_DATA_SETS, 1))
     repaired = parts * lost + shared + own
-
-    def median(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
-        return np.median(sums.sum(axis) / counts.sum(axis), axis=0)
-
-    after = results.mean_interval(repaired, lost, seed=0, statistic=median)
-    rows = rng.integers(0, n, (999, n))
-    resampled = np.stack([median(repaired[row], lost[row], 0) for row in rows[:499]])
-    before = after[0], *np.quantile(resampled, (0.025, 0.975), axis=0)
+    median = np.median(repaired.sum(0) / lost.sum(0), axis=-1)
+    all_parts, seed = np.ones((N_DATA_SETS, 11), dtype=bool), 0
+    after = median, *median_bounds(repaired, lost, np.ones(n), all_parts, all_parts, min_lost=0.1, seed=seed)
+    rows = rng.integers(0, n, (499, n))
+    resampled = np.stack([np.median(repaired[row].sum(0) / lost[row].sum(0), axis=-1) for row in rows])
+    before = median, *np.quantile(resampled, (0.025, 0.975), axis=0)
     return coverage(before, 0.4 + 0.1 / 9), coverage(after, 0.4 + 0.1 / 9)
 
 

@@ -241,12 +241,13 @@ class Hooked:
         return int(self.verification.n_kv_heads or getattr(self.cfg, "n_key_value_heads", None) or self.n_heads)
 
     @property
-    def rope_type(self) -> str | None:
-        """The kind of rotary embedding by Hugging Face's name, where the model says it."""
+    def rope_types(self) -> frozenset[str]:
+        """The kinds of scaled rotary embedding in the model, by Hugging Face's names, where it says them."""
         config = getattr(getattr(self.model, "original_model", None), "config", None)
-        settings = (getattr(config, "rope_parameters", None) or {}) if config is not None else {}
-        kinds = {each.get("rope_type") for each in (settings, *settings.values()) if isinstance(each, dict)}
-        return ", ".join(sorted(kind for kind in kinds if kind not in (None, "default"))) or None
+        settings = getattr(config, "rope_parameters", None) or {}
+        # Models with layers of several kinds have settings for each.
+        kinds = [each.get("rope_type") for each in (settings, *settings.values()) if isinstance(each, dict)]
+        return frozenset(str(kind) for kind in kinds if kind not in (None, "default"))
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
@@ -665,6 +666,7 @@ class Hooked:
         """
         if self.parallel:
             raise ValueError("resid_mid does not exist in a model whose attention and MLP run in parallel")
+        self.require("attn_out")
         resid_pre: list[Tensor] = []
 
         def keep(resid: Tensor) -> None:

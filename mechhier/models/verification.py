@@ -69,7 +69,7 @@ _READ: dict[SiteName, tuple[str, ...]] = {
 }
 """What is kept of which rows: all of it would be large in a large model."""
 # Keys that were made at one length of the text are wrong at another: these rotate by the length.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 Seen = dict[tuple[SiteName, int], Tensor]
 
@@ -136,14 +136,15 @@ def verify(model: Any, *, expected: Expected | None = None) -> Verification:
         with _without_hooks(model):
             seen = _Look(Hooked(model), expected).all()
     except UnsupportedModelError:
-        del model.__dict__[VERIFICATION]
         raise
     except Exception as error:
-        del model.__dict__[VERIFICATION]
         raise UnsupportedModelError(
             f"a {type(model).__name__} of this architecture cannot be run on {LENGTH} tokens: "
             f"{type(error).__name__}: {error}. What to do: load it as the other class (as_=), or another architecture"
         ) from error
+    finally:
+        # Also when interrupted: nothing was seen then.
+        del model.__dict__[VERIFICATION]
     model.__dict__[VERIFICATION] = seen
     return seen
 
@@ -189,7 +190,7 @@ class _Look:
         self._try("direct effects", self._check_logit_of_stream)
         for site in ("pattern", "v", "z", "q", "k", "attn_out", "mlp_out", "mlp_post", "resid_post"):
             self._try(f"{site} edits", getattr(self, f"_check_edits_of_{site}"))
-        self._try("parallel", self._check_parallel)
+        self._try("order of attention and MLP", self._check_order)
         self._try("head weights", self._check_head_weights)
         self._try("restart", self._check_restart)
         self._try("cached keys", self._check_cached_keys)
@@ -505,7 +506,7 @@ class _Look:
         self.facts["logit_multiplier"] = multiplier
         return None
 
-    def _check_parallel(self) -> str | None:
+    def _check_order(self) -> str | None:
         """Whether attention's output reaches the MLP of its own layer, whatever the config says."""
         if self.hooked.attn_only or "mlp_out" in self.wrong:
             return None
@@ -576,8 +577,8 @@ class _Look:
     def _check_cached_keys(self) -> str | None:
         if self.tokens.shape[1] < 2:
             return None
-        if (kind := self.hooked.rope_type) in _LENGTH_DEPENDENT_ROPE:
-            return f"the rotation of keys depends on the length of the text (rope_type {kind!r})"
+        if kinds := self.hooked.rope_types & _LENGTH_DEPENDENT_ROPE:
+            return f"the rotation of keys depends on the length of the text (rope_type {', '.join(sorted(kinds))})"
         past = self.hooked.key_values(self.tokens[:2, :-1])
         last = self.tokens[:2, -1:]
         continued = self.hooked.run(last, past=past)[:, -1]
