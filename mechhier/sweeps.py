@@ -6,7 +6,8 @@ import hashlib
 import json
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def sweep(
 
     nodes: dict[str, xr.Dataset] = {}
     failed: list[Path] = []
+    undefined: list[str] = []
     total = len(options) * sum(len(chosen) for chosen in wanted.values())
     with track("measuring checkpoints", total=total) as advance:
         for arm, run in arms.items():
@@ -91,7 +93,8 @@ def sweep(
                     if measured is None:
                         try:
                             model = run.load(step) if model is None else model
-                            measured = PHENOMENA[name](model, seed=seed, **keywords).assign_attrs({KEY: key})
+                            with _heard(undefined, f"{name}, {arm} step {step}".replace("  ", " ")):
+                                measured = PHENOMENA[name](model, seed=seed, **keywords).assign_attrs({KEY: key})
                             results.save(measured, path)
                             _error_file(path).unlink(missing_ok=True)
                         except Exception as error:  # noqa: BLE001  one checkpoint must not take the others with it
@@ -105,6 +108,8 @@ def sweep(
                     joined = xr.concat(parts, dim="step", data_vars="all", combine_attrs="drop_conflicts")
                     joined["step"].attrs = {"long_name": "training step", "units": "optimizer steps"}
                     nodes[f"{arm}/{name}" if arm else name] = joined
+    if undefined:
+        results.warn_undefined(f"{len(undefined)} of {total} measurements hold NaN, the first of them {undefined[0]}")
     if failed:
         listed = "\n".join(f"  {path}: {json.loads(path.read_text())['error']}" for path in failed)
         warnings.warn(
@@ -113,6 +118,19 @@ def sweep(
             stacklevel=2,
         )
     return xr.DataTree.from_dict(nodes)
+
+
+@contextmanager
+def _heard(undefined: list[str], where: str) -> Iterator[None]:
+    """Note what is NaN in a measurement, instead of a warning for every checkpoint; other warnings stay warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", results.MeasurementWarning)
+        yield
+    for each in caught:
+        if issubclass(each.category, results.MeasurementWarning):
+            undefined.append(f"({where}): {each.message}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno, source=each.source)
 
 
 def _measurement_key(run: Run, step: int, weights: str, name: str, keywords: Mapping[str, Any], seed: int) -> str:

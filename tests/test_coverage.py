@@ -196,7 +196,7 @@ def correlations(n: int) -> tuple[float, float]:
 
 
 def medians(n: int) -> tuple[float, float]:
-    """The median over parts of ratios, as of repair shares: eleven parts that surely lose something, one of which lies apart."""
+    """The median over parts of repair shares: eleven parts that surely lose something, one of which lies apart."""
     rng, parts = np.random.default_rng(n), np.r_[np.linspace(0.3, 0.5, 10), 2.0]
     lost = rng.normal(2.0, 0.5, (n, N_DATA_SETS, 11))
     own, shared = 0.1 * rng.normal(size=lost.shape), 0.3 * rng.normal(size=(n, N_DATA_SETS, 1))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,3 +145,13 @@ def test_a_killed_sweep_goes_on_to_the_same_results(run, fresh):
 def test_what_cannot_be_swept_is_refused(run, phenomena, options, message):
     with pytest.raises(ValueError, match=message):
         mh.sweep(run, phenomena, **options)
+
+
+def test_what_is_undefined_is_said_once_for_all_checkpoints(fresh):
+    with pytest.warns(mh.results.MeasurementWarning) as said:
+        mh.sweep(fresh, {"hydra": {"min_probability": 0.999, "n_sequences": 6, "n_null": 0}})
+    (one,) = [each for each in said if issubclass(each.category, mh.results.MeasurementWarning)]
+    assert re.match(
+        r"3 of 3 measurements hold NaN, the first of them \(hydra, step 0\): hydra: no position", str(one.message)
+    )
+    assert one.filename == __file__
