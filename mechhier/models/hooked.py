@@ -84,7 +84,7 @@ class Verification:
             "cached keys". For the last two the whole run takes their place.
         n_kv_heads: Number of heads that keys and values have; None: as the config says.
         parallel: Whether attention and MLP of a block do not see each other; None: as the config says.
-        multipliers: By what the outputs at "attn_out" and "mlp_out" are multiplied before they are added to the stream.
+        head_multiplier: By what z times W_O is multiplied before it is `attn_out`.
         logit_multiplier: By what the normed stream times the unembedding is multiplied.
         has_sinks: Whether a part of the attention goes to no key.
     """
@@ -93,7 +93,7 @@ class Verification:
     wrong: Mapping[str, str] = field(default_factory=dict)
     n_kv_heads: int | None = None
     parallel: bool | None = None
-    multipliers: Mapping[str, float] = field(default_factory=dict)
+    head_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     has_sinks: bool = False
 
@@ -306,9 +306,9 @@ class Hooked:
     ) -> tuple[Float[Tensor, "batch pos head d_model"], Float[Tensor, "batch pos d_model"]]:
         """What every head of a layer, and the output bias, add to the residual stream; together they are `attn_out`.
 
-        Where attention writes to the stream directly, a head's write is `z[head] @ W_O[head]`. In a post-norm model
-        (OLMo-2) an RMSNorm stands between the two: attn_out = gamma x / sigma(x) with x the sum over heads of
-        `z[head] @ W_O[head]`, plus the bias. Each summand is given its share, gamma `z[head] @ W_O[head]` / sigma, with
+        Where attention writes to the stream directly, a head's write is `z[head] @ W_O[head]` (in Granite times its
+        multiplier). In a post-norm model (OLMo-2) an RMSNorm stands between the two: attn_out = gamma x / sigma(x) with x
+        the sum over heads of `z[head] @ W_O[head]`, plus the bias. Each summand is given its share, gamma `z[head] @ W_O[head]` / sigma, with
         sigma frozen at this run's value for the position. The shares add up exactly, but sigma depends on all heads:
         without one head the others' writes change too, so that ablating a head (an edit of `z`) does not just remove
         its write.
@@ -326,7 +326,7 @@ class Hooked:
         """
         self._check_layer(layer)
         self.require("head writes")
-        multiplier = self.verification.multipliers.get("attn_out", 1.0)
+        multiplier = self.verification.head_multiplier
         writes = torch.einsum("bphd,hdm->bphm", z.float(), self.W_O(layer).float()) * multiplier
         bias = self.model.blocks[layer].attn.b_O
         bias = torch.zeros_like(writes[:, :, 0]) if bias is None else bias.detach().float().expand_as(writes[:, :, 0])
@@ -357,7 +357,7 @@ class Hooked:
             writes, _ = self.head_writes(layer, z)
             return torch.einsum("bphm,bpm->bph", writes, directions)
         by_head = torch.einsum("bpm,hdm->bphd", directions, self.W_O(layer).float())
-        return torch.einsum("bphd,bphd->bph", z.float(), by_head) * self.verification.multipliers.get("attn_out", 1.0)
+        return torch.einsum("bphd,bphd->bph", z.float(), by_head) * self.verification.head_multiplier
 
     def _post_attention_norm(self, layer: int) -> torch.nn.Module | None:
         """The norm between the heads' sum and the residual stream, if there is one."""
@@ -647,15 +647,13 @@ class Hooked:
         return [(name, adapted)]
 
     def _sound(self, site: SiteName, function: HookFunction) -> HookFunction:
-        """The function, on what the site stands for, and refused where its edit would not act."""
-        multiplier = self.verification.multipliers.get(site, 1.0)
+        """The function, refused where its edit would not act."""
 
         def act(activation: Tensor) -> Tensor | None:
-            edited = function(activation if multiplier == 1.0 else activation * multiplier)
-            if edited is None:
-                return None
-            self.require(f"{site} edits")
-            return edited if multiplier == 1.0 else edited / multiplier
+            edited = function(activation)
+            if edited is not None:
+                self.require(f"{site} edits")
+            return edited
 
         return act
 

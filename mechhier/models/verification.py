@@ -434,52 +434,43 @@ class _Look:
     # (d): sums.
 
     def _check_components(self) -> str | None:
-        """Find the multipliers with which components are added to the stream; 1 in most architectures."""
-        if not self._wrong_sum("clean"):
-            return None
-        names: list[SiteName] = ["attn_out"] if self.hooked.attn_only else ["attn_out", "mlp_out"]
-        columns, moved = [], []
-        for layer in self.layers:
-            columns.append(torch.stack([self.clean[name, layer].double().flatten() for name in names], dim=1))
-            moved.append((self.clean["resid_post", layer] - self.clean["resid_pre", layer]).double().flatten())
-        found = torch.linalg.lstsq(torch.cat(columns).cpu(), torch.cat(moved).cpu()[:, None]).solution[:, 0]
-        multipliers = {name: float(value) for name, value in zip(names, found, strict=True)}
-        if (wrong := self._wrong_sum("clean", **multipliers)) is not None:
+        wrong = self._wrong_sum("clean")
+        if wrong is not None:
             self.wrong["attn_out"] = self.wrong["mlp_out"] = wrong
-            return wrong
-        # From here on the sites are what is added: Hooked multiplies what is read and divides what is put in.
-        self.facts["multipliers"] = multipliers
-        for (site, _), activation in [
-            *self.clean.items(),
-            *(each for row in self.edited.values() for each in row.items()),
-        ]:
-            if site in multipliers:
-                activation.mul_(multipliers[site])
-        return None
+        return wrong
 
-    def _wrong_sum(self, variant: str, *, attn_out: float = 1.0, mlp_out: float = 1.0) -> str | None:
+    def _wrong_sum(self, variant: str) -> str | None:
         row = self.edited[variant]
         for layer in self.layers:
-            if ("mlp_out", layer) not in row and not self.hooked.attn_only:
-                return f"there is no mlp_out at layer {layer}"
-            write = attn_out * row["attn_out", layer]
+            write = row["attn_out", layer]
             if not self.hooked.attn_only:
-                write = write + mlp_out * row["mlp_out", layer]
+                write = write + row["mlp_out", layer]
             if self._differ(row["resid_pre", layer] + write, row["resid_post", layer]):
                 return f"what attention and MLP of layer {layer} write does not add up to the change of the stream"
         return None
 
     def _check_heads(self) -> str | None:
+        """Find the multiplier of what heads write; 1 in most architectures."""
         if "z" in self.wrong or "component writes" in self.wrong:
             return "the heads' outputs, or what attention writes, cannot be read"
-        multiplier = self.facts.get("multipliers", {}).get("attn_out", 1.0)
-        for variant in ("clean", "z"):
-            row = self.edited[variant]
+        found, expected = [], []
+        for row in (self.edited["clean"], self.edited["z"]):
             for layer in self.layers:
                 heads, bias = self.hooked.head_writes(layer, row["z", layer][None])
-                if self._differ(multiplier * (heads.sum(2) + bias)[0], row["attn_out", layer]):
-                    return f"the heads of layer {layer} do not add up to what attention writes"
+                found.append((heads.sum(2) + bias)[0])
+                expected.append(row["attn_out", layer].float())
+        multiplier = self._multiplier(torch.stack(found), torch.stack(expected))
+        for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            if self._differ(multiplier * ours, theirs):
+                return f"the heads of layer {number % len(self.layers)} do not add up to what attention writes"
+        self.facts["head_multiplier"] = multiplier
         return None
+
+    def _multiplier(self, ours: Tensor, theirs: Tensor) -> float:
+        """The number times which `ours` is nearest to `theirs`; 1 where that is near enough."""
+        if not self._differ(ours, theirs):
+            return 1.0
+        return float((ours * theirs).sum() / (ours * ours).sum().clamp(min=1e-30))
 
     def _check_logit_of_stream(self) -> str | None:
         if "component writes" in self.wrong:
@@ -498,9 +489,7 @@ class _Look:
         ours, theirs = torch.cat(predicted), torch.cat(actual)
         # Biases of the norm and of the unembedding are the same at every position.
         ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
-        multiplier = float((ours * theirs).sum() / (ours * ours).sum().clamp(min=1e-30))
-        if abs(multiplier - 1) < self.tolerance:
-            multiplier = 1.0
+        multiplier = self._multiplier(ours, theirs)
         if self._differ(multiplier * ours, theirs):
             return "the logits are not the normed stream times the unembedding (are they capped?)"
         self.facts["logit_multiplier"] = multiplier

@@ -233,6 +233,8 @@ def test_multipliers_are_in_direct_effects():
     hf = every_architecture.build_variant("granite, multiplied")
     hooked, tokens = Hooked(load_model(hf)), random_tokens()
     assert hooked.verification.logit_multiplier == pytest.approx(1 / 8, rel=1e-3)
+    heads, bias = hooked.head_writes(1, read(hooked, tokens, "z", 1))
+    assert_close(heads.sum(2) + bias, read(hooked, tokens, "attn_out", 1))
     streams, writes, scales = [], [], []
     hooks = [(site, layer, writes.append) for layer in range(hooked.n_layers) for site in ("attn_out", "mlp_out")]
     logits = hooked.run(tokens, [*hooks, ("embed", None, streams.append), ("final_scale", None, scales.append)])
