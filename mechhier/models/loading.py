@@ -174,8 +174,8 @@ def load_model(
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
 
-    Cost: the weights are read twice more, for their hash, and passes over some tokens (see
-    `mechhier.models.verification.verify`), about as long as two passes of a hundred tokens in all. Memory: the weights in
+    Cost: the weights are read twice more, for their hash, and some tokens are run through the model (see
+    `mechhier.models.verification.verify`; 30 layers: as long as six passes of 256 tokens). Memory: the weights in
     the wanted dtype and about a tenth more while they are read, for both
     classes; a `HookedTransformer` with rotary positions also has its tables, 2 x n_layers x n_ctx x d_head numbers,
     which count only where the context is long for the width. On the CPU, in the dtype of the files, weights stay in

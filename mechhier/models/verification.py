@@ -540,10 +540,9 @@ class _Look:
     # (c): runs that are not whole.
 
     def _check_restart(self) -> str | None:
+        # Of another row: a stream that the model knows, since rounding grows in one that it does not.
         n = self.hooked.n_layers
-        streams = [self._random("resid_pre", layer, 1) for layer in self.layers] + [
-            self._random("resid_post", n - 1, 2)
-        ]
+        streams = [self.clean["resid_pre", layer][1] for layer in self.layers] + [self.clean["resid_post", n - 1][1]]
         sites: list[tuple[SiteName, int]] = [("resid_pre", layer) for layer in self.layers]
         sites.append(("resid_post", n - 1))
 
@@ -558,7 +557,7 @@ class _Look:
         hooks: list[Hook] = [(site, layer, put(row)) for row, (site, layer) in enumerate(sites)]
         whole = self.hooked.run(self.tokens[:1].expand(n + 1, -1), hooks)
         for layer, stream in enumerate(streams):
-            restarted = self.hooked.run(self.tokens[:1], start=(layer, stream[None].to(self.hooked.dtype)))
+            restarted = self.hooked.run(self.tokens[:1], start=(layer, stream[None]))
             if self._differ(restarted[0], whole[layer]):
                 return f"a run that begins at layer {layer} is not the rest of the whole run"
         return None
