@@ -308,10 +308,10 @@ class Hooked:
 
         Where attention writes to the stream directly, a head's write is `z[head] @ W_O[head]` (in Granite times its
         multiplier). In a post-norm model (OLMo-2) an RMSNorm stands between the two: attn_out = gamma x / sigma(x) with x
-        the sum over heads of `z[head] @ W_O[head]`, plus the bias. Each summand is given its share, gamma `z[head] @ W_O[head]` / sigma, with
-        sigma frozen at this run's value for the position. The shares add up exactly, but sigma depends on all heads:
-        without one head the others' writes change too, so that ablating a head (an edit of `z`) does not just remove
-        its write.
+        the sum over heads of `z[head] @ W_O[head]`, plus the bias. Each summand is given its share, gamma
+        `z[head] @ W_O[head]` / sigma, with sigma frozen at this run's value for the position. The shares add up exactly,
+        but sigma depends on all heads: without one head the others' writes change too, so that ablating a head (an edit
+        of `z`) does not just remove its write.
 
         Args:
             layer: Index of the layer.
