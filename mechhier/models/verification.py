@@ -42,8 +42,8 @@ _RECORDED: tuple[SiteName, ...] = (
 )
 _VARIANTS: dict[str, dict[SiteName, int]] = {
     "clean": {},
-    "pattern": {"pattern": 1},
     "v": {"v": 1},
+    "pattern": {"v": 1, "pattern": 1},
     "z": {"z": 1},
     "other z": {"z": 2},
     "q and k": {"q": 1, "k": 1},
@@ -376,7 +376,8 @@ class _Look:
     def _check_edits_of_pattern(self) -> str | None:
         if "z" in self.wrong:
             return "the heads' outputs cannot be read, so that an edit's effect is not seen"
-        if unchanged := self._unchanged("z", "clean", "pattern"):
+        # With random values, which attention to other keys surely makes others of.
+        if unchanged := self._unchanged("z", "v", "pattern"):
             return f"an edit changes nothing at layers {unchanged}: the attention there can only be watched"
         if self._is_attended("clean") and not self._is_attended("pattern"):
             return "an edit is not what the values are attended with"
