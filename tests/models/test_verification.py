@@ -321,3 +321,10 @@ def test_looking_costs_passes_over_a_few_short_rows():
     model.embed.register_forward_hook(lambda module, inputs, output: tokens.append(inputs[0].numel()))
     verification.verify(model)
     assert sum(tokens) < verification.LENGTH * (24 + 2 * 3)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("name", mh.models.planted.PLANTED)
+def test_planted_models_do_what_they_are_told_however_many_of_their_weights_are_zero(name, kind):
+    model = load_model(mh.models.planted.PLANTED[name]().model, as_=kind)
+    assert not Hooked(model).verification.wrong
