@@ -112,7 +112,6 @@ def test_a_killed_sweep_goes_on_to_the_same_results(run, fresh):
         import os, signal
         import mechhier as mh
         from mechhier import results, sweeps
-from mechhier.models.loading import measured_weights
         measure, done = sweeps.PHENOMENA["induction"], []
         def killed_in_the_second(*args, **kwargs):
             if done:
