@@ -1,34 +1,149 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and folders that one process works in at a time.
+
+Whole means: a reader sees what was there before or all of what is new, after a crash and after a power cut too. So the
+bytes are on the disk (`fsync`) before the name is, and the name is (`fsync` of the folder) before anything is built on it.
+Every temporary name is its writer's own: two writers of one file both succeed, and the last one's stays.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
+
+LOCK = ".lock"
+"""Name of the file in a folder that the process working there holds. It stays: without it two could hold one each."""
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+"""What file systems answer that cannot sync a folder; their names are durable by themselves, or never."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it becomes `path` when the block ends well, and is removed otherwise.
+    """Yield a new file beside `path` to write to; it becomes `path` when the block ends well, and is removed otherwise.
 
-    A reader sees the old file or the new one, never a part, also after a crash or a power cut. The name,
-    `.<name>.tmp`, is always the same: what a killed process left is overwritten by the next attempt.
+    Its permissions are those of any new file (the umask's), whatever wrote to it.
+
+    Raises:
+        OSError: It cannot be written; the error names `path`.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
+        # Neither a file nor a link that someone put there is written to.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = os.fstat(descriptor).st_mode
+        os.close(descriptor)
         yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        temporary.chmod(mode)
+        _sync(temporary)
         temporary.replace(path)
+        _sync_names(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` to fill; it becomes `path` when the block ends well, and is removed otherwise.
+
+    Files in it get the permissions of any new file (the umask's), whatever wrote them.
+
+    Raises:
+        OSError: It cannot be written, or `path` is there already with something in it; the error names a file.
+    """
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666
+        for parent, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                (Path(parent) / name).chmod(mode)
+                _sync(Path(parent) / name)
+            _sync_names(Path(parent))
+        temporary.rename(path)
+        _sync_names(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write text (UTF-8) or bytes, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def only_process_in(folder: Path, *, otherwise: Exception) -> Iterator[None]:
+    """Hold a folder's lock, which the system gives back when a process dies; make the folder if it is absent.
+
+    Whoever holds it is alone in the folder, so what killed writers left there is removed.
+
+    Args:
+        folder: Where to work.
+        otherwise: What to raise when another process (or thread) holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise otherwise from None
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed writers left in a folder; only for the holder of its lock."""
+    for path in folder.iterdir():
+        if is_leftover(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a path is named as the temporary files and folders of this module are."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _sync(file: Path) -> None:
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    if os.name == "nt":  # which cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

@@ -41,6 +41,10 @@ N_FILTERS = 16
 LEAST_PARTICLES, MOST_PARTICLES = 250, 4000
 """Particles of a filter: where the filters differ too much, a document is read again with more."""
 
+LEAST_OF_PAIRS = 1000
+"""As `LEAST_PARTICLES`, where neighbours are tied pair by pair (the flat language): with fewer, filters agree by chance too
+often (16 words, binding .5: errors covered the truth in 88 of 100 rows, with these in 95)."""
+
 TOLERANCE = 0.005
 """Standard error in nats of a row's mean loss above which more particles are taken."""
 
@@ -120,7 +124,7 @@ def estimate(
         tie: How the rank of a word depends on those before it (see :mod:`mechhier.grammars.document_predictor`).
         tolerance: Standard error of the sum above which more particles are taken, up to :data:`MOST_PARTICLES`.
     """
-    n_particles = LEAST_PARTICLES
+    n_particles = LEAST_PARTICLES if language.per_clause else LEAST_OF_PAIRS
     while True:
         log_probability = np.zeros((N_FILTERS, len(word)))
         for number in range(N_FILTERS):

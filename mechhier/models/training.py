@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 import xarray as xr
@@ -40,7 +39,7 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mechhier import results
-from mechhier.files import write_whole
+from mechhier.files import LOCK, is_leftover, new_folder, only_process_in, write_whole
 from mechhier.grammars import Corpus
 from mechhier.models.environment import on_cpu, only_processes_and_devices, processes
 from mechhier.models.quiet import quiet_transformers
@@ -64,7 +63,6 @@ from mechhier.models.torch_state import default_torch_state, full_matmul_precisi
 from mechhier.progress import announce, track
 
 TRAINER = "trainer"
-LOCK = ".lock"
 _POINTER = "latest.json"
 _LOG_LINES = 200
 # Between checkpoints the trainer's state is saved every half minute, but never for more than 1/50 of the time.
@@ -216,31 +214,23 @@ def _check_folder(out: Path, manifest: Manifest) -> Manifest | None:
             )
         return existing
     # A kill before the manifest was renamed into place leaves only our own temporary file and an empty folder.
-    ours = {f".{MANIFEST}.tmp", CHECKPOINTS, LOCK}
-    if out.is_dir() and any(path.name not in ours for path in out.iterdir()):
+    ours = {CHECKPOINTS, LOCK}
+    if out.is_dir() and any(path.name not in ours and not is_leftover(path) for path in out.iterdir()):
         raise RunError(f"{out} is not empty and not a run; choose another folder")
     return None
 
 
 @contextmanager
 def _only_process_in(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases when a process dies; the file is gone when training has ended."""
+    """Hold the folder's lock, in the process that writes to it."""
     if not processes().is_main_process:
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise RunError(
-            f"another process is training in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
-        ) from None
-    try:
+    busy = RunError(
+        f"another process is training in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
+    )
+    with only_process_in(out, otherwise=busy):
         yield
-    finally:
-        (out / LOCK).unlink(missing_ok=True)
-        lock.release()
 
 
 def _announce(manifest: Manifest, corpus: Corpus, out: Path) -> None:
@@ -610,12 +600,10 @@ class _Session(TrainerCallback):
         folder = checkpoint_folder(self.out, step)
         if not self.main or folder.exists():
             return
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        write_whole(temporary / EVALUATION, json.dumps(self.evaluation) + "\n")
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            self.model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            write_whole(temporary / EVALUATION, json.dumps(self.evaluation) + "\n")
 
 
 def diverged(log: Sequence[dict[str, float | None]]) -> str | None:
