@@ -10,22 +10,23 @@ import json
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from mechhier.grammars import dealing, storage
-from mechhier.grammars.base import MIN_CONTEXT, Grammar, MakeLabels, Sample, Split, stable_generator
+from mechhier.grammars.base import MIN_CONTEXT, MOST_TOKENS, Grammar, MakeLabels, Sample, Split, stable_generator
 from mechhier.grammars.document import DocumentGrammar
-from mechhier.grammars.families import expand_family
+from mechhier.grammars.families import FAMILIES, expand_family
 from mechhier.grammars.fitted_ngram import FittedNGram
 from mechhier.grammars.ngram import NGram
 from mechhier.grammars.pcfg import PCFG
+from mechhier.specs import MOST_CONTEXT, Described, Flag, Problem, Seed, Size, SpecError, Whole, shown, whole
 
 if TYPE_CHECKING:
     import os
@@ -33,8 +34,26 @@ if TYPE_CHECKING:
     import datasets
     import xarray as xr
 
+_KINDS = ("document", "ngram", "fitted_ngram", "pcfg", *FAMILIES)
+
+
+def _of_a_kind(described: Any) -> Any:
+    """Make a grammar of what names a family, and refuse what names nothing."""
+    if isinstance(described, Grammar):
+        return described
+    kinds = f"one of {', '.join(_KINDS)}"
+    if not isinstance(described, Mapping):
+        raise SpecError.of("grammar", [Problem((), f"must be a mapping whose kind is {kinds}, got {shown(described)}")])
+    if described.get("kind") not in _KINDS:
+        what = (
+            f"must be {kinds}, got {shown(described['kind'])}" if "kind" in described else f"is missing; it is {kinds}"
+        )
+        raise SpecError.of("grammar", [Problem(("kind",), what)])
+    return expand_family(described)
+
+
 AnyGrammar = Annotated[
-    Annotated[DocumentGrammar | NGram | FittedNGram | PCFG, Field(discriminator="kind")], BeforeValidator(expand_family)
+    Annotated[DocumentGrammar | NGram | FittedNGram | PCFG, Field(discriminator="kind")], BeforeValidator(_of_a_kind)
 ]
 """What a YAML or a manifest reads as a grammar: ``{kind: document, ...}``, or a family as ``{kind: cfg3, ...}``."""
 
@@ -46,18 +65,16 @@ _TOKENS_PER_BLOCK = 2**18
 _BLOCKS_IN_MEMORY = 4
 
 
-class CorpusSpec(BaseModel):
+class CorpusSpec(Described):
     """What a corpus is, as YAML or a manifest writes it; the fields are the arguments of :meth:`Grammar.corpus`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     grammar: AnyGrammar
-    tokens: int
-    seed: int = 0
-    context: int | None = None
-    packed: bool = False
+    tokens: Annotated[Size, Field(le=MOST_TOKENS)]
+    seed: Seed = 0
+    context: Annotated[Whole, Field(ge=MIN_CONTEXT, le=MOST_CONTEXT)] | None = None
+    packed: Flag = False
     split: Split = "train"
-    disjoint: bool = False
+    disjoint: Flag = False
 
     def corpus(self) -> Corpus:
         """Return the corpus, streamed."""
@@ -107,14 +124,14 @@ class Corpus:
     _blocks: OrderedDict[int, np.ndarray] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
-        if self.context < MIN_CONTEXT:
-            raise ValueError(f"context is {self.context}; a row needs at least {MIN_CONTEXT} tokens")
+        limits = {"seed": (0, 2**63 - 1), "context": (MIN_CONTEXT, MOST_CONTEXT), "n_rows": (1, MOST_TOKENS)}
+        for name, (least, most) in limits.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), least=least, most=most))
+        for name in ("packed", "disjoint"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         if self.split not in get_args(Split):
-            raise ValueError(f"split is {self.split!r}; it must be one of {', '.join(get_args(Split))}")
-        if self.n_rows < 1:
-            raise ValueError(f"n_rows is {self.n_rows}; a corpus has at least one row")
+            raise SpecError(f"split is {shown(self.split)}; it must be one of {', '.join(get_args(Split))}")
         if self.disjoint and self.fresh_lexicons:
             raise ValueError(
                 "disjoint=True deals documents to the splits; with lexicon='per_document' lexicons already differ "
@@ -162,7 +179,7 @@ class Corpus:
         """Return the (streamed) corpus that a :attr:`description` describes.
 
         Raises:
-            ValueError: A value is not accepted (pydantic's ValidationError if it is one of the grammar's).
+            SpecError: A value is not accepted.
         """
         return CorpusSpec.model_validate(description).corpus()
 
@@ -354,8 +371,7 @@ class Corpus:
                 "the rows of a packed corpus begin inside documents, and what came before them is unknown to any "
                 "predictor; use a corpus with packed=False, or DocumentGrammar.entropy_rate_bounds()"
             )
-        if n_rows < 2:
-            raise ValueError(f"n_rows is {n_rows}; an interval needs at least 2 rows")
+        n_rows = whole("n_rows", n_rows, least=2, why="an interval needs two")
         from mechhier.grammars.floor import floor  # late: it imports pandas, which generating text does not need
 
         source = self.held_out(tokens=n_rows * self.context) if self.split == "train" else self
@@ -378,8 +394,7 @@ class Corpus:
             CorpusError: The folder holds another corpus, or files that no record explains, or a damaged block.
         """
         folder = Path(path)
-        if workers < 1:
-            raise ValueError(f"workers is {workers}; at least one is needed")
+        workers = whole("workers", workers, least=1, most=1_000)
         sizes = [self._rows_of_block(i) * self.context * self.dtype.itemsize for i in range(self.n_blocks)]
         storage.save_blocks(folder, self.description, self._make_block, sizes, dtype=self.dtype.name, workers=workers)
         return replace(self, path=folder)

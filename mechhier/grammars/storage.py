@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from mechhier.files import write_whole
 from mechhier.progress import track
+from mechhier.reading import read_json, read_text
+from mechhier.specs import Described, SpecError, Text, Whole
 
 MANIFEST = "manifest.json"
 _UNFINISHED = "unfinished.json"
+_MOST_MANIFEST_BYTES = 2**26  # of half a million blocks
 
 MakeBlock = Callable[[int], np.ndarray]
 
@@ -27,20 +30,16 @@ class CorpusError(ValueError):
     """A stored corpus that cannot be used; the message says what is wrong and what to do."""
 
 
-class BlockEntry(BaseModel):
+class BlockEntry(Described):
     """One block in the manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     file: str = Field(pattern=r"^block-\d{5,}\.bin$")
-    bytes: int
-    sha256: str
+    bytes: Annotated[Whole, Field(ge=0)]
+    sha256: Text
 
 
-class Manifest(BaseModel):
+class Manifest(Described):
     """Content of ``manifest.json``: what the corpus is, and every block with its size and hash."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
     corpus: dict[str, Any]
@@ -124,8 +123,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise CorpusError(f"{folder} holds a corpus whose save was interrupted; save it again, and it goes on")
         raise CorpusError(f"{folder} holds no corpus: there is no {MANIFEST}. Give the folder that Corpus.save wrote")
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except ValidationError as error:
+        return Manifest.model_validate(_read_json(folder / MANIFEST))
+    except SpecError as error:
         raise CorpusError(f"{folder / MANIFEST} is not a corpus manifest ({error}); save the corpus anew") from error
 
 
@@ -187,9 +186,9 @@ def _write_block(folder: Path, i: int, make_block: MakeBlock) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(read_text(path, most_bytes=_MOST_MANIFEST_BYTES), path.name)
     except (OSError, ValueError) as error:
-        raise CorpusError(f"{path} cannot be read as JSON ({error}); save the corpus anew in another folder") from error
+        raise CorpusError(f"{path} is damaged ({error}); save the corpus anew in another folder") from error
 
 
 def _hash_of_file(path: Path) -> str:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from scipy import stats
 
 from mechhier.grammars import (
@@ -23,6 +23,7 @@ from mechhier.grammars import (
     random_hierarchy,
 )
 from mechhier.grammars.floor import floor as floor_of
+from mechhier.specs import SpecError
 
 POOL = DocumentGrammar(n_words=6, lexicon=4, binding=1.0)
 
@@ -117,7 +118,7 @@ def test_packed_rows_are_one_stream_cut_into_rows():
 def test_description_describes_the_corpus_again(corpus):
     again = Corpus.from_description(corpus.description)
     assert again == corpus
-    with pytest.raises(ValidationError):
+    with pytest.raises(SpecError):
         Corpus.from_description(corpus.description | {"grammar": {"kind": "document", "n_words": 0}})
 
 
@@ -128,7 +129,7 @@ def test_a_grammar_is_read_by_its_kind():
     assert read == DocumentGrammar(lexicon=8, n_words=(3, 4, 5))
     for grammar in (POOL, NGram.paper(), DocumentGrammar.paper(), read):
         assert adapter.validate_json(grammar.model_dump_json()) == grammar
-    with pytest.raises(ValidationError, match="'document', 'ngram'"):
+    with pytest.raises(SpecError, match="'document', 'ngram'"):
         adapter.validate_python({"kind": "markov"})
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from scipy.stats import binomtest, chi2_contingency, chisquare
 
 from mechhier.grammars import DocumentGrammar
+from mechhier.specs import SpecError
 
 
 def rng(seed=0):
@@ -104,7 +104,7 @@ def test_a_copy_with_another_seed_has_nothing_cached_of_the_old_language():
     copy = grammar.model_copy(update={"language_seed": 1})
     np.testing.assert_array_equal(copy.lexicons, DocumentGrammar(lexicon=3, language_seed=1).lexicons)
     assert np.any(copy.lexicons != old)
-    with pytest.raises(ValidationError):
+    with pytest.raises(SpecError):
         grammar.model_copy(update={"lexicon": 1})
 
 
@@ -302,7 +302,7 @@ def test_equal_sizes_given_one_by_one_are_the_same_language():
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_accepted(fields, says):
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(SpecError, match=says):
         DocumentGrammar(**fields)
 
 

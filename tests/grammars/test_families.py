@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from mechhier.grammars import PCFG, AnyGrammar, cfg3, dyck, random_hierarchy
 from mechhier.grammars.families import FAMILIES
+from mechhier.specs import SpecError
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -112,5 +113,5 @@ def test_yaml_names_a_family_by_its_kind():
         n_levels=3, rule_lengths=(2, 2), seed=4
     )
     assert isinstance(read({"kind": "dyck"}), PCFG)
-    with pytest.raises(ValidationError, match="levels"):
+    with pytest.raises(SpecError, match="levels"):
         read({"kind": "cfg3", "levels": 3})

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from scipy.stats import chisquare
 
 from mechhier.grammars import NGram, Sample
+from mechhier.specs import SpecError
 
 MASK = 2**64 - 1
 
@@ -224,5 +224,5 @@ def test_an_ideal_loss_refuses_rows_that_do_not_begin_a_document():
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_accepted(fields, says):
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(SpecError, match=says):
         NGram(**fields)
