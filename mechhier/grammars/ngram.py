@@ -39,7 +39,7 @@ _INVERSE_BASE = np.uint64(pow(int(_BASE), -1, 2**64))
 _SCANNED = 8  # entries of a cumulative law that are tried one by one: a cache line
 _UNIGRAM_TOKENS = 2**19
 
-Tokens = Annotated[Size, Field(le=2**31)]
+Tokens = Annotated[Size, Field(le=10**15)]
 """Of a document or of what is hashed, longer than any row."""
 
 
@@ -75,7 +75,7 @@ class NGram(Grammar):
     row_exponent_std: Annotated[Number, Field(ge=0)] = 1.2
     row_exponent_min: Annotated[Number, Field(ge=0)] = 1.2
     min_length: Tokens = 10
-    max_extra: Annotated[Whole, Field(ge=0, le=2**31)] = 99
+    max_extra: Annotated[Whole, Field(ge=0, le=10**15)] = 99
 
     @classmethod
     def paper(cls) -> NGram:

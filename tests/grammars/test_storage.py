@@ -170,7 +170,7 @@ def test_what_is_not_a_stored_corpus_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CorpusError, match="is a file"):
         CORPUS.save(tmp_path / "file")
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="workers must be at least 1"):
         CORPUS.save(tmp_path / "new", workers=0)
     for text, says in (
         ("{", "is not a corpus manifest"),

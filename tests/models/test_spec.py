@@ -91,9 +91,9 @@ def test_every_embedding_row_is_trained(architecture):
         ({"architecture": "gpt_neox", "d_model": 48}, "in pairs"),
         ({"architecture": "olmo", "n_key_value_heads": 2}, "applies to llama and olmo2"),
         ({"n_key_value_heads": 3}, "must divide"),
-        ({"n_layers": 0}, "greater than or equal to 1"),
+        ({"n_layers": 0}, "at least 1"),
         ({"architecture": "mamba"}, "'llama', 'gpt2', 'gpt_neox', 'olmo' or 'olmo2'"),
-        ({"width": 3}, "not permitted"),
+        ({"width": 3}, "width: no such field"),
     ],
 )
 def test_impossible_shapes_are_refused(fields, message):
@@ -102,7 +102,7 @@ def test_impossible_shapes_are_refused(fields, message):
 
 
 def test_a_missing_architecture_is_reported_like_any_missing_field():
-    with pytest.raises(SpecError, match=r"architecture\s+Field required"):
+    with pytest.raises(SpecError, match="architecture: is missing"):
         ModelSpec(n_layers=1, d_model=8, n_heads=2)
 
 
@@ -164,5 +164,5 @@ def test_checkpoints_are_spaced_in_log_to_a_tenth_of_training_then_evenly():
 
 @pytest.mark.parametrize(("steps", "n"), [(0, 5), (10, 1)])
 def test_an_empty_grid_is_refused(steps, n):
-    with pytest.raises(ValueError, match="needed"):
+    with pytest.raises(ValueError, match="must be at least"):
         checkpoint_steps(steps, n)
