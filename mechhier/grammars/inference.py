@@ -16,9 +16,9 @@ most n^3 / 6 times the number of dotted rules.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +26,10 @@ from jaxtyping import Float, Int
 
 from mechhier.grammars.base import MOST_BYTES
 from mechhier.grammars.derivation import grown
+from mechhier.grammars.empty import Rules, empty_probabilities, without_empty
 from mechhier.grammars.sampling import compiled
 
-_Rule = tuple[int, tuple[int, ...], float]
-
-_CONVERGED = 1e-16
-_MAX_ROUNDS = 100_000
+_MOST_NONTERMINALS = 4000
 _MOST_ENTRIES = 2 * 10**7
 
 
@@ -139,10 +137,23 @@ class Predictor:
     """Of the states with nothing before the dot: number, left side, first symbol, probability."""
 
     @classmethod
-    def of(cls, rules: Sequence[_Rule], n_nonterminals: int, n_terminals: int) -> Predictor:
-        """Prepare the rules of a grammar: (left side, right side, probability), terminals after the nonterminals."""
-        empty = _empty_probabilities(rules, n_nonterminals)
-        rules = _without_empty(rules, empty)
+    def of(cls, rules: Rules, names: Sequence[str], n_terminals: int) -> Predictor:
+        """Prepare the rules of a grammar, whose symbols have these names.
+
+        Raises:
+            ValueError: It is too large.
+        """
+        n_nonterminals = len(names) - n_terminals
+        if 3 * 8 * n_nonterminals**2 > MOST_BYTES or n_nonterminals > _MOST_NONTERMINALS:
+            raise ValueError(
+                f"prediction takes inverses of matrices of {n_nonterminals:,} by {n_nonterminals:,} symbols; at most "
+                f"{_MOST_NONTERMINALS:,} are accepted"
+            )
+        empty = empty_probabilities(rules, n_nonterminals)
+        # The grammar of the nonempty strings, given that they are not empty: a rule has its probability times those of
+        # what is left out being empty and of the rest not, over the probability that its left side is not.
+        variants = without_empty(rules, names, 1 - empty, empty, operator.add)
+        rules = sorted((lhs, rhs, p / (1 - empty[lhs])) for (lhs, rhs), p in variants.items())
         emission = np.zeros((n_nonterminals, n_terminals))
         unary, corner = np.zeros((2, n_nonterminals, n_nonterminals))
         for lhs, rhs, probability in rules:
@@ -425,42 +436,3 @@ def _weigh_states(
                 if begun_symbol[s] < n_nonterminals:
                     goes_on = is_open[m, begun_symbol[s]]
                 states[i, begun_state[s]] += chart.predicted[m, begun_lhs[s]] * begun_probability[s] * goes_on
-
-
-def _empty_probabilities(rules: Sequence[_Rule], n_nonterminals: int) -> Float[np.ndarray, " nonterminal"]:
-    """Return the probability that each nonterminal derives the empty string: the least solution, by iteration from 0."""
-    writes = np.zeros(n_nonterminals, dtype=bool)  # whether a symbol can derive any token
-    for _ in range(n_nonterminals):
-        for lhs, rhs, _ in rules:
-            writes[lhs] |= any(x >= n_nonterminals or writes[x] for x in rhs)
-    empty = np.where(writes, 0.0, 1.0)
-    for _ in range(_MAX_ROUNDS):
-        new = np.where(writes, 0.0, 1.0)
-        for lhs, rhs, probability in rules:
-            if writes[lhs] and all(x < n_nonterminals for x in rhs):
-                new[lhs] += probability * empty[list(rhs)].prod()
-        change = np.abs(new - empty).max()
-        empty = new
-        if change < _CONVERGED:
-            break
-    return empty
-
-
-def _without_empty(rules: Sequence[_Rule], empty: Float[np.ndarray, " nonterminal"]) -> list[_Rule]:
-    """Return the grammar of the nonempty strings, given that they are not empty: no rule is empty.
-
-    Each symbol of a rule that can be empty is there or not. A rule keeps its probability times those of what is left
-    out being empty and of the rest not, over the probability that its left side is not.
-    """
-    new: dict[tuple[int, tuple[int, ...]], float] = {}
-    for lhs, rhs, probability in rules:
-        choices = [(True, False) if x < len(empty) and empty[x] > 0 else (True,) for x in rhs]
-        for kept in product(*choices):
-            rest = tuple(x for x, keep in zip(rhs, kept, strict=True) if keep)
-            weight = probability
-            for x, keep in zip(rhs, kept, strict=True):
-                if x < len(empty):
-                    weight *= 1 - empty[x] if keep else empty[x]
-            if rest and weight > 0:
-                new[lhs, rest] = new.get((lhs, rest), 0.0) + weight / (1 - empty[lhs])
-    return sorted((lhs, rhs, p) for (lhs, rhs), p in new.items())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from mechhier.grammars.base import MOST_BYTES
+from mechhier.grammars.empty import Rules, most_probable_empty, without_empty
 from mechhier.grammars.sampling import compiled
 from mechhier.grammars.trees import Tree
-
-_Rule = tuple[int, tuple[int, ...], float]
 
 _LEXICAL = -1
 
@@ -40,21 +39,26 @@ class _Tables(NamedTuple):
 
 
 def most_probable_tree(
-    rules: Sequence[_Rule], names: Sequence[str], n_terminals: int, tokens: Int[np.ndarray, " position"]
+    rules: Rules, names: Sequence[str], n_terminals: int, tokens: Int[np.ndarray, " position"]
 ) -> tuple[Tree | None, float]:
     """Return the tree of a string's most probable derivation, and the derivation's log-probability in nats.
 
     Args:
-        rules: (left side, right side, probability); nonterminals from 0, the start symbol first, terminals after them.
+        rules: The grammar's; the start symbol is 0.
         names: Of all symbols.
         n_terminals: Number of terminals.
         tokens: The string; not empty.
 
     Returns:
         None and -inf if the grammar does not derive the string. Constituents without a token are left out of the tree.
+
+    Raises:
+        ValueError: The string is too long, or the grammar too large.
     """
     n_nonterminals = len(names) - n_terminals
-    variants = _without_empty(rules, n_nonterminals)
+    empty = most_probable_empty(rules, n_nonterminals)
+    weights = without_empty(rules, names, np.ones(n_nonterminals), empty, max)
+    variants = [(lhs, rhs, math.log(weight)) for (lhs, rhs), weight in weights.items()]
     several = [rule for rule in variants if len(rule[1]) > 1]
     unary = [rule for rule in variants if len(rule[1]) == 1 and rule[1][0] < n_nonterminals]
     emission = np.full((n_nonterminals, n_terminals), -np.inf)
@@ -76,47 +80,40 @@ def most_probable_tree(
         item_place=np.array([d for _, _, d in places], dtype=np.int64),
         lhs=np.array([lhs for lhs, _, _ in several], dtype=np.int64),
     )
+    n_bytes = 12 * (len(tokens) + 1) ** 2 * (n_nonterminals + len(places))
+    if n_bytes > MOST_BYTES:
+        raise ValueError(
+            f"the trees of {len(tokens):,} tokens take {n_bytes / 2**30:,.1f} GiB with a grammar of {n_nonterminals:,} symbols "
+            f"and {len(places):,} dotted rules; at most {MOST_BYTES // 2**30} GiB are accepted: give a shorter string"
+        )
     best, how, split = _parse(np.asarray(tokens, dtype=np.int64), tables)
     if best[0, len(tokens), 0] == -np.inf:
         return None, -math.inf
 
     first_item = np.cumsum([0] + [len(rhs) for _, rhs, _ in several])
 
-    def build(symbol: int, start: int, stop: int) -> Tree:
+    # From the root down, without recursion: derivations may be as deep as strings are long.
+    root = Tree(names[0])
+    unfinished = [(root, 0, 0, len(tokens))]
+    while unfinished:
+        tree, symbol, start, stop = unfinished.pop()
         rule = int(how[start, stop, symbol])
         if rule == _LEXICAL:
-            return Tree(names[symbol], [names[n_nonterminals + int(tokens[start])]])
-        if rule >= len(several):
-            return Tree(names[symbol], [build(unary[rule - len(several)][1][0], start, stop)])
-        children: list[Tree | str] = []
-        rhs, end = several[rule][1], stop
+            tree.children.append(names[n_nonterminals + int(tokens[start])])
+            continue
+        rhs = several[rule][1] if rule < len(several) else unary[rule - len(several)][1]
+        end = stop
         for place in range(len(rhs) - 1, -1, -1):
             begin = int(split[start, end, first_item[rule] + place]) if place else start
-            children.append(names[rhs[place]] if rhs[place] >= n_nonterminals else build(rhs[place], begin, end))
+            if rhs[place] >= n_nonterminals:
+                tree.children.append(names[rhs[place]])
+            else:
+                child = Tree(names[rhs[place]])
+                tree.children.append(child)
+                unfinished.append((child, rhs[place], begin, end))
             end = begin
-        return Tree(names[symbol], children[::-1])
-
-    return build(0, 0, len(tokens)), float(best[0, len(tokens), 0])
-
-
-def _without_empty(rules: Sequence[_Rule], n_nonterminals: int) -> list[_Rule]:
-    """Return the rules with every choice of symbols left out that can be empty, and logarithms of probabilities.
-
-    A rule without some of its symbols has its probability times those of their most probable empty derivations.
-    """
-    empty = np.zeros(n_nonterminals)
-    for _ in range(n_nonterminals):  # the most probable derivation repeats no symbol on a path
-        for lhs, rhs, probability in rules:
-            if all(x < n_nonterminals for x in rhs):
-                empty[lhs] = max(empty[lhs], probability * empty[list(rhs)].prod())
-    best: dict[tuple[int, tuple[int, ...]], float] = {}
-    for lhs, rhs, probability in rules:
-        for kept in product(*((True, False) if x < n_nonterminals and empty[x] > 0 else (True,) for x in rhs)):
-            rest = tuple(x for x, keep in zip(rhs, kept, strict=True) if keep)
-            weight = probability * math.prod(empty[x] for x, keep in zip(rhs, kept, strict=True) if not keep)
-            if rest:
-                best[lhs, rest] = max(best.get((lhs, rest), 0.0), weight)
-    return [(lhs, rhs, math.log(weight)) for (lhs, rhs), weight in best.items()]
+        tree.children.reverse()
+    return root, float(best[0, len(tokens), 0])
 
 
 @compiled
@@ -161,13 +158,16 @@ def _parse(tokens: np.ndarray, tables: _Tables) -> tuple[np.ndarray, np.ndarray,
                     if value > best[start, stop, tables.lhs[rule]]:
                         best[start, stop, tables.lhs[rule]] = value
                         how[start, stop, tables.lhs[rule]] = rule
-            for _ in range(n_nonterminals):
+            changed = True
+            while changed:  # a probability of a rule is at most 1, so no cycle makes a derivation more probable
+                changed = False
                 for u in range(len(tables.unary)):
                     a, b = tables.unary[u]
                     candidate = tables.unary_log[u] + best[start, stop, b]
                     if candidate > best[start, stop, a]:
                         best[start, stop, a] = candidate
                         how[start, stop, a] = len(tables.lhs) + u
+                        changed = True
             for item in range(n_items):
                 if tables.item_place[item] == 1:
                     symbol = tables.item_symbol[item]

@@ -26,7 +26,7 @@ from mechhier.grammars.base import (
     check_tokens,
     read_only,
 )
-from mechhier.grammars.rules import EOS, Rule, bottom_up, check, is_recursive, mean_children, totals
+from mechhier.grammars.rules import EOS, Rule, bottom_up, check, is_recursive, mean_children, normalised
 from mechhier.grammars.trees import Tree, node_numbers
 from mechhier.reading import read_json, read_text
 from mechhier.specs import Size, Text, Whole
@@ -53,7 +53,7 @@ class PCFG(Grammar):
     Attributes:
         start: The symbol every string is derived from.
         terminals: The tokens, in the order of their ids; ``<eos>`` comes after them.
-        rules: The rules. The probabilities of a symbol's rules sum to one; rules may be recursive as long as
+        rules: The rules. The probabilities of a symbol's rules sum to one within 1e-4, and are normalised; rules may be recursive as long as
             derivations end with probability one (spectral radius of :attr:`mean_matrix` below one), and may be empty.
         lengths: Shortest and longest string; strings of another length are rejected and drawn again, so that the
             language is the grammar's given the length (see :attr:`rejected_mass`). None: every length.
@@ -85,7 +85,9 @@ class PCFG(Grammar):
         """Read a grammar in NLTK's notation.
 
         One ``A -> B 'b' [0.4] | C [0.6]`` a line; terminals are quoted, comments begin with ``#``. The start symbol is
-        the first line's unless a line says ``%start S``. Terminals are numbered in order of appearance.
+        the first line's unless a line says ``%start S``. Terminals are numbered in order of appearance, unless a line
+        ``# terminals: 'b' 'a'`` lists them all in another. What NLTK prints of a grammar is read too; the six digits of its
+        probabilities are normalised.
 
         Args:
             text: The grammar.
@@ -117,18 +119,16 @@ class PCFG(Grammar):
             FileNotFoundError: There is no such file.
             ValueError: The table does not have this form.
         """
-        if isinstance(source, dict):
-            table = source
-        else:
-            table = read_json(read_text(source, most_bytes=_MOST_TABLE_BYTES), str(source))
+        is_table = isinstance(source, dict)
+        table = source if is_table else read_json(read_text(source, most_bytes=_MOST_TABLE_BYTES), str(source))
         start, terminals, rules = notation.read_cfg3(table)
         return cls(start=start, terminals=terminals, rules=rules, **fields)
 
     def to_string(self) -> str:
-        """Return the grammar in NLTK's notation; :meth:`from_string` reads it.
+        """Return the grammar in NLTK's notation; :meth:`from_string` makes the same start, rules and token ids of it.
 
         Raises:
-            ValueError: A terminal holds both kinds of quotes.
+            ValueError: A terminal holds both kinds of quotes, or a symbol's name is none in this notation.
         """
         return notation.write(self.start, self.terminals, self.rules)
 
@@ -217,7 +217,7 @@ class PCFG(Grammar):
 
     @cached_property
     def _children(self) -> Float[np.ndarray, "symbol child"]:
-        return mean_children(self.rules, list(self._symbol_ids))[: len(self.nonterminals)]
+        return mean_children(self._normalised, list(self._symbol_ids))[: len(self.nonterminals)]
 
     @cached_property
     def _expected_counts(self) -> Float[np.ndarray, " symbol"]:
@@ -245,7 +245,7 @@ class PCFG(Grammar):
         regarded.
         """
         own = np.zeros(len(self.nonterminals))
-        for rule in self.rules:
+        for rule in self._normalised:
             own[self._nonterminal_ids[rule.lhs]] += entr(rule.probability)
         return float(self._expected_counts @ own)
 
@@ -304,12 +304,15 @@ class PCFG(Grammar):
     # -- text --------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _normalised(self) -> tuple[Rule, ...]:
+        return normalised(self.rules)
+
+    @cached_property
     def _rule_ids(self) -> list[tuple[int, tuple[int, ...], float]]:
         """The rules in symbol ids, those of one symbol side by side, normalised."""
         ids = self._symbol_ids
-        ordered = sorted(self.rules, key=lambda rule: ids[rule.lhs])
-        total = totals(self.rules)
-        return [(ids[r.lhs], tuple(ids[x] for x in r.rhs), r.probability / total[r.lhs]) for r in ordered]
+        ordered = sorted(self._normalised, key=lambda rule: ids[rule.lhs])
+        return [(ids[lhs], tuple(ids[x] for x in rhs), probability) for lhs, rhs, probability in ordered]
 
     @cached_property
     def _rule_arrays(self) -> derivation.Rules:
@@ -338,7 +341,7 @@ class PCFG(Grammar):
     def _predictor(self) -> Predictor:
         from mechhier.grammars.inference import Predictor
 
-        return Predictor.of(self._rule_ids, len(self.nonterminals), len(self.terminals))
+        return Predictor.of(self._rule_ids, list(self._symbol_ids), len(self.terminals))
 
     def log_probability(self, tokens: Int[np.ndarray, " position"]) -> float:
         """Return the log-probability in nats of a whole string, summed over its derivations; -inf if it has none.

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mechhier.specs import Number
+from mechhier.specs import Number, shown
 
 EOS = "<eos>"
 _UNKNOWN = "<unk>"  # what a tokenizer makes of other words
 
-_SUM_TOLERANCE = 1e-6  # probabilities written with seven digits pass
+_SUM_TOLERANCE = (
+    1e-4  # a hundred probabilities written with six digits, as NLTK does, pass; whoever uses them normalises
+)
+_MOST_RECURSIVE = 1000  # symbols: the eigenvalues of a matrix of this size take a second
+_MOST_COMPARED = 5000  # names, with one that is misspelt
+_MOST_SHOWN = 12  # symbols of a rule in a message
 _MARGIN = 1e-9  # of the spectral radius, for rounding
 
 
@@ -27,7 +35,8 @@ class Rule(NamedTuple):
     probability: Number
 
     def __str__(self) -> str:
-        return f"{self.lhs} -> {' '.join(self.rhs) or 'ε'} [{self.probability:g}]"
+        rhs = [*self.rhs[:_MOST_SHOWN], *(["..."] if len(self.rhs) > _MOST_SHOWN else [])]
+        return f"{self.lhs} -> {' '.join(rhs) or 'ε'} [{self.probability:g}]"
 
 
 def totals(rules: Iterable[Rule]) -> dict[str, float]:
@@ -36,6 +45,13 @@ def totals(rules: Iterable[Rule]) -> dict[str, float]:
     for rule in rules:
         sums[rule.lhs] = sums.get(rule.lhs, 0.0) + rule.probability
     return sums
+
+
+def normalised(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return the rules with the probabilities of every symbol's divided by their sum."""
+    rules = tuple(rules)
+    total = totals(rules)
+    return tuple(rule._replace(probability=rule.probability / total[rule.lhs]) for rule in rules)
 
 
 def mean_children(rules: Iterable[Rule], names: Sequence[str]) -> Float[np.ndarray, "symbol child"]:
@@ -76,7 +92,7 @@ def check(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
 
 def _check_symbols(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
     if len(set(terminals)) < len(terminals):
-        twice = next(t for i, t in enumerate(terminals) if t in terminals[:i])
+        twice = next(terminal for terminal, n in Counter(terminals).items() if n > 1)
         raise ValueError(f"the terminal {twice!r} is listed twice")
     for terminal in terminals:
         if terminal in ("", EOS, _UNKNOWN):
@@ -91,7 +107,9 @@ def _check_symbols(start: str, terminals: Sequence[str], rules: Sequence[Rule]) 
     known = defined.union(terminals)
     for rule in rules:
         if undefined := [symbol for symbol in rule.rhs if symbol not in known]:
-            raise ValueError(f"in {rule}: {undefined[0]!r} has no rule and is not a terminal")
+            near = difflib.get_close_matches(undefined[0][:100], [*defined, *terminals][:_MOST_COMPARED], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"in {rule}: {shown(undefined[0])} has no rule and is not a terminal{hint}")
 
 
 def _check_probabilities(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
@@ -104,7 +122,8 @@ def _check_probabilities(start: str, terminals: Sequence[str], rules: Sequence[R
         seen.add(rule[:2])
     for symbol, total in totals(rules).items():
         if abs(total - 1) > _SUM_TOLERANCE:
-            of_symbol = "; ".join(str(rule) for rule in rules if rule.lhs == symbol)
+            its = [str(rule) for rule in rules if rule.lhs == symbol]
+            of_symbol = "; ".join([*its[:_MOST_SHOWN], *(["..."] if len(its) > _MOST_SHOWN else [])])
             raise ValueError(f"the probabilities of {symbol!r} sum to {total:.8g}, not 1: {of_symbol}")
 
 
@@ -148,12 +167,21 @@ def _productive(terminals: Sequence[str], rules: Sequence[Rule]) -> set[str]:
 
 def _check_ends(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
     """Refuse a spectral radius of M at or above 1, naming a rule of the recursion at fault."""
+    rules = normalised(rules)
     names = list(dict.fromkeys(rule.lhs for rule in rules))
-    means = mean_children(rules, names)
-    n_groups, group = connected_components(means > 0, directed=True, connection="strong")
-    for g in range(n_groups):
-        members = np.flatnonzero(group == g)
-        radius = float(np.abs(np.linalg.eigvals(means[np.ix_(members, members)])).max())
+    number = {name: i for i, name in enumerate(names)}
+    cells = [(number[r.lhs], number[x], r.probability) for r in rules for x in r.rhs if x in number]
+    rows, columns, values = (np.array(part) for part in zip(*cells, strict=True)) if cells else np.zeros((3, 0))
+    means = coo_array((values, (rows.astype(int), columns.astype(int))), shape=(len(names),) * 2).tocsr()
+    n_groups, group = connected_components(means, directed=True, connection="strong")
+    for members in np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group, minlength=n_groups))[:-1]):
+        if len(members) > _MOST_RECURSIVE:
+            raise ValueError(
+                f"{len(members):,} symbols can contain one another, such as {shown(names[members[0]])}; whether such a "
+                f"recursion ends is decided for at most {_MOST_RECURSIVE:,}"
+            )
+        inner = means[members][:, members].toarray()
+        radius = inner[0, 0] if len(members) == 1 else float(np.abs(np.linalg.eigvals(inner)).max())
         if radius >= 1 - _MARGIN:
             inside = {names[i] for i in members}
             rule = max(
@@ -161,6 +189,6 @@ def _check_ends(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> 
                 key=lambda rule: rule.probability * sum(x in inside for x in rule.rhs),
             )
             raise ValueError(
-                f"the recursion of {', '.join(sorted(inside))} does not end: one expansion yields {radius:.4g} of these "
+                f"the recursion of {', '.join(sorted(inside)[:_MOST_SHOWN])} does not end: one expansion yields {radius:.4g} of these "
                 f"symbols on average (spectral radius), and it must be below 1; lower the probability of {rule}"
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -24,20 +25,74 @@ class Tree:
     symbol: str
     children: list[Tree | str] = field(default_factory=list)
 
+    # Without recursion: a derivation may be deeper than Python's stack.
+
     def __str__(self) -> str:
-        return f"({' '.join([self.symbol, *map(str, self.children)])})"
+        return self._written("({}", " ", " ", str, ")")
+
+    def __repr__(self) -> str:
+        return self._written("Tree(symbol={!r}, children=[", "", ", ", repr, "])")
+
+    def _written(self, opening: str, first: str, between: str, leaf: Callable[[str], str], closing: str) -> str:
+        written: list[str] = []
+        todo: list[tuple[str, Tree | str | None]] = [("", self)]
+        while todo:
+            before, part = todo.pop()
+            written.append(before)
+            if isinstance(part, Tree):
+                written.append(opening.format(part.symbol))
+                parts = [(between if i else first, child) for i, child in enumerate(part.children)]
+                todo += [(closing, None), *reversed(parts)]
+            elif part is not None:
+                written.append(leaf(part))
+        return "".join(written)
 
     @property
     def tokens(self) -> list[str]:
         """Tokens of the constituent, from left to right."""
-        return list(self._tokens())
+        return [part for part in self._preorder() if isinstance(part, str)]
 
-    def _tokens(self) -> Iterator[str]:
-        for child in self.children:
-            if isinstance(child, Tree):
-                yield from child._tokens()
+    def _preorder(self) -> Iterator[Tree | str]:
+        todo: list[Tree | str] = [self]
+        while todo:
+            part = todo.pop()
+            yield part
+            if isinstance(part, Tree):
+                todo += reversed(part.children)
+
+    def _flat(self) -> list[str | tuple[str, int]]:
+        """The tokens, and the symbols with the numbers of their parts, each before its parts."""
+        return [(part.symbol, len(part.children)) if isinstance(part, Tree) else part for part in self._preorder()]
+
+    @staticmethod
+    def _of_flat(flat: list[str | tuple[str, int]]) -> Tree:
+        root = Tree("")
+        unfinished = [(root, 1)]
+        for part in flat:
+            while not unfinished[-1][1]:
+                unfinished.pop()
+            parent, n_left = unfinished[-1]
+            unfinished[-1] = (parent, n_left - 1)
+            if isinstance(part, str):
+                parent.children.append(part)
             else:
-                yield child
+                tree = Tree(part[0])
+                parent.children.append(tree)
+                unfinished.append((tree, part[1]))
+        tree = root.children[0]
+        assert isinstance(tree, Tree)
+        return tree
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tree):
+            return NotImplemented
+        return self._flat() == other._flat()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tree._of_flat, (self._flat(),)
+
+    def __copy__(self) -> Tree:
+        return Tree(self.symbol, self.children)
 
 
 def trees_of_row(
