@@ -18,9 +18,29 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """Compile a function on its first call for the types it is called with; it runs without the interpreter's lock."""
-    dispatcher: Any = numba.njit(nogil=True, cache=True)(function)
+    """Compile a function on its first call for the types it is called with; it runs without the interpreter's lock.
+
+    The compiled code is kept for other processes where there is a place for it: beside the source or in the user's
+    cache. Where there is none (a read-only installation without a home), or what is there cannot be read or written, it
+    is compiled again.
+    """
+    try:
+        dispatcher: Any = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no place
+        return numba.njit(nogil=True)(function)
+    kept = dispatcher._cache
+    kept.load_overload, kept.save_overload = _optional(kept.load_overload), _optional(kept.save_overload)
     return dispatcher
+
+
+def _optional(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except Exception:  # a full disk, or a file that a power cut left half written: unpickling it raises anything
+            return None
+
+    return call
 
 
 def alias_table(
