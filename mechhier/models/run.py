@@ -24,7 +24,7 @@ from mechhier.files import write_whole
 from mechhier.grammars import Corpus, CorpusSpec, Grammar
 from mechhier.models.spec import MOST_STEPS, ModelSpec, TrainSpec, checkpoint_steps
 from mechhier.reading import read_json, read_text
-from mechhier.specs import Described, Flag, Size
+from mechhier.specs import Described, Flag, Size, Text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ class Manifest(Described):
     arm: str | None = None
     """The arm of an experiment that was trained; None for a training of its own."""
     finished: Flag = False
-    weights_sha256: dict[int, str] = {}
+    weights_sha256: dict[int, Text] = Field(default_factory=dict)
     """Hash of each checkpoint's weights, once training has finished."""
 
     @field_validator("corpus")
