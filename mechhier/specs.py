@@ -84,7 +84,7 @@ class SpecError(ValueError):
 def _whole(value: Any) -> int:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if isinstance(value, numbers.Integral):
-            return operator.index(value)
+            return operator.index(value)  # type: ignore[return-value]
         if math.isfinite(value) and value == math.floor(value):
             return math.floor(value)
     raise PydanticCustomError("field", "must be a whole number")
@@ -234,7 +234,11 @@ def unreadable(given: Any) -> Problem | None:
     n_values = 0
     while todo:
         value, path = todo.pop()
-        n_values += 1
+        n_values += len(value) if isinstance(value, Mapping | list | tuple) else 0
+        if len(path) > _MOST_LEVELS or n_values > _MOST_VALUES:
+            return Problem(
+                path[:3], f"is nested more than {_MOST_LEVELS} levels deep, or has over {_MOST_VALUES:,} values"
+            )
         if isinstance(value, str):
             if found := _NOT_TEXT.search(value):
                 kind = "half a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a control character"
@@ -244,10 +248,6 @@ def unreadable(given: Any) -> Problem | None:
             todo += [(part, (*path, key if isinstance(key, str) else shown(key))) for key, part in value.items()]
         elif isinstance(value, list | tuple):
             todo += [(part, (*path, i)) for i, part in enumerate(value)]
-        if len(path) > _MOST_LEVELS or n_values > _MOST_VALUES:
-            return Problem(
-                path[:3], f"is nested more than {_MOST_LEVELS} levels deep, or has over {_MOST_VALUES:,} values"
-            )
     return None
 
 

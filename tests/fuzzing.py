@@ -36,24 +36,8 @@ PACKAGE = str(Path(mechhier.__file__).parent)
 LONGEST_MESSAGE = 700
 
 WORDS = [
-    "x",
-    "yes",
-    "010",
-    "1",
-    "null",
-    "ß",
-    "日本",
-    "<eos>",
-    "fixed",
-    "per_document",
-    "document",
-    "ngram",
-    "fitted_ngram",
-    "cfg3",
-    "dyck",
-    "train",
-    "tiny",
-    "huge",
+    *("x", "yes", "010", "1", "null", "ß", "日本", "<eos>", "fixed", "per_document", "document"),
+    *("ngram", "fitted_ngram", "cfg3", "dyck", "train", "tiny", "huge"),
 ]
 NUMBERS = [0, -1, 1, 2, 3, 17, 10**4, 10**5, 10**6, 10**9, 10**12, 2**63, 10**30, 10**400]
 DECIMALS = [0.0, -0.5, 0.5, 1.0, 2.5, 1e6, 1e-300, 1e308, float("nan"), float("inf"), -float("inf")]
