@@ -33,6 +33,7 @@ MOST_CONTEXT = 2**20
 
 _MOST_CHARACTERS = 450  # of the problems that a message lists
 _MOST_LEVELS = 64
+_LONGEST_NAME = 1_000  # of a file, with its folders
 _MOST_VALUES = 2 * 10**6
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -82,9 +83,10 @@ class SpecError(ValueError):
 
 
 def _whole(value: Any) -> int:
+    number: Any = value
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if isinstance(value, numbers.Integral):
-            return operator.index(value)  # type: ignore[return-value]
+            return int(number)
         if math.isfinite(value) and value == math.floor(value):
             return math.floor(value)
     raise PydanticCustomError("field", "must be a whole number")
@@ -229,7 +231,8 @@ class Described(BaseModel):
 
 
 def unreadable(given: Any) -> Problem | None:
-    """What no file could hold or no terminal should get: half a surrogate pair, control characters, endless nesting."""
+    """What settings cannot consist of: half a surrogate pair, control characters, sets, endless nesting."""
+    looked_at = (str, Mapping, list, tuple, set, frozenset)
     todo: list[tuple[Any, tuple[str | int, ...]]] = [(given, ())]
     n_values = 0
     while todo:
@@ -247,7 +250,9 @@ def unreadable(given: Any) -> Problem | None:
             todo += [(part, path) for part in value if isinstance(part, str)]
             todo += [(part, (*path, key if isinstance(key, str) else shown(key))) for key, part in value.items()]
         elif isinstance(value, list | tuple):
-            todo += [(part, (*path, i)) for i, part in enumerate(value)]
+            todo += [(part, (*path, i)) for i, part in enumerate(value) if isinstance(part, looked_at)]
+        elif isinstance(value, set | frozenset):
+            return Problem(path, "is a set, which has no order; give a list")
     return None
 
 
@@ -439,7 +444,8 @@ def read_spec(model: type[Spec], source: str | os.PathLike[str], *, package: str
     if not isinstance(source, str | os.PathLike):
         raise SpecError(f"a spec is read from a file, not from {shown(source)}; {model.__name__}(...) takes fields")
     try:
-        described = read_yaml(_spec_text(Path(source).expanduser(), source, what, package), str(source))
+        text = _spec_text(str(source), what, package)
+        described = read_yaml(text, str(source))
     except ReadError as error:
         raise SpecError(str(error)) from error
     if not isinstance(described, dict):
@@ -450,15 +456,14 @@ def read_spec(model: type[Spec], source: str | os.PathLike[str], *, package: str
         raise SpecError.of(f"{source} is not a valid {what}", error.problems) from None
 
 
-def _spec_text(path: Path, source: str | os.PathLike[str], what: str, package: str) -> str:
-    try:
-        there = path.exists()
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise ReadError(f"no file {shown(str(source))}: {error}") from error
-    if there:
+def _spec_text(source: str, what: str, package: str) -> str:
+    if len(source) > _LONGEST_NAME or not source.isprintable():
+        raise ReadError(f"{shown(source)} is no file's name")
+    path = Path(source).expanduser()
+    if path.exists():
         return read_text(path, most_bytes=MOST_SPEC_BYTES)
     entries = resources.files(package).iterdir()
     packaged = {Path(entry.name).stem: entry for entry in entries if entry.name.endswith(".yaml")}
-    if str(source) not in packaged:
+    if source not in packaged:
         raise ReadError(f"no file {source}, and no packaged {what} of that name ({', '.join(sorted(packaged))})")
-    return decoded(packaged[str(source)].read_bytes(), str(source))
+    return decoded(packaged[source].read_bytes(), source)

@@ -341,9 +341,9 @@ def _mutated_bytes(data: bytes, rng: random.Random) -> bytes:
 def _mutated_parts(case: Any, rng: random.Random) -> Any:
     holders = list(_holders(case))
     if not holders:
-        return rng.choice(HOSTILE)
+        return copy.deepcopy(rng.choice(HOSTILE))
     holder = rng.choice(holders)
-    hostile = copy.copy(rng.choice(HOSTILE))
+    hostile = copy.deepcopy(rng.choice(HOSTILE))
     if isinstance(holder, list):
         at = rng.randrange(len(holder) + 1)
         holder[at : at + rng.choice((0, 1))] = [hostile] if rng.random() < 0.8 else []
@@ -357,7 +357,9 @@ def _mutated_parts(case: Any, rng: random.Random) -> Any:
     elif action == 3 and holder:
         holder[f"{key}"[:-1] + rng.choice("xs_1")] = holder.pop(key)
     else:
-        holder[hostile if isinstance(hostile, str | int | float | None) else "extra"] = rng.choice(HOSTILE)
+        holder[hostile if isinstance(hostile, str | int | float | None) else "extra"] = copy.deepcopy(
+            rng.choice(HOSTILE)
+        )
     return case
 
 

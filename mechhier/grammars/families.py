@@ -20,7 +20,7 @@ from mechhier.specs import Flag, Number, Problem, Seed, Size, SpecError, Whole, 
 
 _BRACKETS = ("()", "[]", "{}", "<>")
 _TRIES = 10_000
-_MOST_DRAWS = 10**5  # of rules, over all tries of a level: two seconds
+_MOST_DRAWS = 50_000  # of rules, over all tries of a level: half a second
 _MOST_TUPLES = 10**6
 
 Levels = Annotated[Size, Field(le=100)]
