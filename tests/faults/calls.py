@@ -199,7 +199,7 @@ class Fault(AtCall):
     error: str
     lasts: bool = False
 
-    def happen(self, call: Call, later: int) -> int | None:  # noqa: D102
+    def happen(self, call: Call, later: int) -> int | None:
         lasts = self.lasts or self.error == "short"
         if call.name not in ERRORS[self.error] or (later and not lasts):
             return None
@@ -217,7 +217,7 @@ class Kill(AtCall):
     number: int
     signal: int
 
-    def happen(self, call: Call, later: int) -> None:  # noqa: D102
+    def happen(self, call: Call, later: int) -> None:
         if not later:
             os.kill(os.getpid(), self.signal)
 

@@ -19,6 +19,8 @@ CALLS = {
     "openat": ("ENOSPC", "EDQUOT", "EIO"),
     "write": ("ENOSPC", "EDQUOT", "EIO"),
     "pwrite64": ("ENOSPC", "EDQUOT", "EIO"),
+    "read": ("EIO",),
+    "pread64": ("EIO",),
     "ftruncate": ("ENOSPC", "EIO"),
     "fsync": ("ENOSPC", "EDQUOT", "EIO"),
     "close": ("EDQUOT", "EIO"),
@@ -44,7 +46,7 @@ class Strace:
     def install(self) -> None:
         """Attach strace to this process, and wait until it is."""
         ctypes.CDLL(None).prctl(*_ANY_TRACER, 0, 0, 0)
-        status = os.open("/proc/self/status", os.O_RDONLY)
+        status, text = os.open("/proc/self/status", os.O_RDONLY), bytearray(4096)
         inject = ["-e", f"inject={self.call}:error={self.error}:when={self.number}"] if self.call else []
         subprocess.Popen(
             [
@@ -57,7 +59,7 @@ class Strace:
         )
         deadline = time.monotonic() + _SECONDS
         # Read by a call that is not among those that are counted.
-        while b"TracerPid:\t0\n" in os.pread(status, 4096, 0):
+        while os.preadv(status, [text], 0) and b"TracerPid:\t0\n" in text:
             if time.monotonic() > deadline:
                 raise RuntimeError("strace could not be attached")
             time.sleep(0.002)

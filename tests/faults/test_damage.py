@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from faults.calls import Kill
-from faults.conftest import Job
 from faults.damage import DAMAGES, RAW, REFUSED, damage, kinds, seen_corpus, seen_run
+from faults.jobs import Job
 from faults.work import OUT, contents, do
 
 TIMES = int(os.environ.get("FAULTS", "1"))
@@ -55,7 +56,9 @@ def gone_on(job: Job, folder: Path, damaged: Path) -> tuple[str, bool]:
     if ending.code == 0:
         wrong = job.wrong_in(folder)
         return (f"unnoticed: {wrong}", False) if wrong else ("the same command ends in the same bytes", True)
-    named = damaged.name in ending.said or damaged.parent.name in ending.said
+    named = damaged.name in ending.said or (
+        bool(re.search(r"-\d", name := damaged.parent.name)) and name in ending.said
+    )
     return f"the same command refuses: {last}", ending.was_orderly and named
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from faults import strace
 from faults.calls import ERRORS, HIT, Fault, Journal, Limit
-from faults.conftest import Job
+from faults.jobs import Job
 from faults.strace import Strace
 from faults.work import OUT, Disturbance, Ending, contents, do
 
@@ -46,7 +46,7 @@ def survey(job: Job, folder: Path, disturbances: list[Disturbance]) -> None:
         if trouble:
             found.append(f"{disturbance}\n  {hit}\n  {trouble}")
     for row, count in sorted(table.items(), key=str):
-        print(*row, count, sep="\t")  # noqa: T201
+        print("|", *(f"{cell} |" for cell in (job.done.name, *row, count)))  # noqa: T201
     assert not found, f"{len(found)} of {len(disturbances)}:\n" + "\n".join(found)
 
 

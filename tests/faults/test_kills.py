@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults.calls import Kill
-from faults.conftest import Job
+from faults.jobs import Job
 from faults.power import Cut, disk_after
 from faults.work import OUT, Worker, contents, do
 

@@ -37,6 +37,7 @@ EXPERIMENT = {
 }
 _SECONDS = 120
 _LINES = 8
+_NOT_FOR_USERS = ("Traceback", "Exception ignored", "https://")
 _ANNOUNCED = re.compile(r"^(Faults|out/pool/run: llama|Trained|Report|Corpus)\b.*\n", re.MULTILINE)
 
 
@@ -92,8 +93,8 @@ class Ending:
 
     @property
     def was_orderly(self) -> bool:
-        """Whether it ended by itself and, where it failed, said so in few lines that name a file, without a traceback."""
-        if self.code < 0 or "Traceback" in self.said:
+        """Whether it ended by itself and, where it failed, said so in few lines that name a file and quote no library."""
+        if self.code < 0 or any(words in self.said for words in _NOT_FOR_USERS):
             return False
         complaint = _ANNOUNCED.sub("", self.said)
         return self.code == 0 or (f"{OUT}/" in complaint and complaint.count("\n") <= _LINES)
