@@ -53,6 +53,7 @@ class Calls:
         self.after = after
         self.inside = os.path.join(os.getcwd(), OUT)
         self.paths: dict[int, str] = {}
+        self.written: set[int] = set()
 
     def install(self) -> None:
         """Watch from now on until the process ends."""
@@ -91,18 +92,23 @@ class Calls:
         return call
 
     def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        absolute, writes = self.absolute(path, dir_fd), flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
+
         def opened() -> int:
             descriptor = _real["open"](path, flags, mode, dir_fd=dir_fd)
             self.paths[descriptor] = absolute
+            if writes:
+                self.written.add(descriptor)
             return descriptor
 
-        absolute = self.absolute(path, dir_fd)
-        return self.make("open", absolute, opened) if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) else opened()
+        return self.make("open", absolute, opened) if writes else opened()
 
     def _close(self, descriptor: int) -> None:
-        path = self.paths.pop(descriptor, "")
+        path, writes = self.paths.pop(descriptor, ""), descriptor in self.written
+        self.written.discard(descriptor)
         try:
-            self.make("close", path, lambda: None)
+            if writes:
+                self.make("close", path, lambda: None)
         finally:  # a file whose closing fails is closed
             _real["close"](descriptor)
 

@@ -12,7 +12,7 @@ import pytest
 from faults.calls import Kill
 from faults.jobs import Job
 from faults.power import Cut, disk_after
-from faults.work import OUT, Worker, contents, do
+from faults.work import OUT, Worker, contents, do, one_training
 
 TIMES = int(os.environ.get("FAULTS", "1"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -115,10 +115,8 @@ class FinishedMeanwhile(TrainingIsWrong):
             filelock.FileLock.acquire = acquire
             child = os.fork()
             if child == 0:
-                from faults.work import trainings
-
                 try:
-                    trainings()
+                    one_training()
                 finally:
                     os._exit(0)
             os.waitpid(child, 0)
@@ -142,7 +140,7 @@ def test_a_training_that_another_process_finishes_meanwhile_is_not_done_again(
     jobs: dict[str, Job], tmp_path: Path
 ) -> None:
     job = jobs["train"]
-    ending = job.after(tmp_path / "run", FinishedMeanwhile())
+    ending = do(one_training, tmp_path / "run", FinishedMeanwhile())
     assert ending.code == 0, ending.said
     assert job.wrong_in(tmp_path / "run") == ""
 

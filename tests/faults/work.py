@@ -51,6 +51,16 @@ def trainings() -> None:
     _command("train")
 
 
+def one_training() -> None:
+    """The training of the tiny experiment by itself, which the command above does under a lock on all of the folder."""
+    from mechhier.experiments import Experiment
+    from mechhier.models import train
+
+    experiment = Experiment.read(SPEC)
+    training = experiment.trainings["pool"]
+    train(experiment.model, training.corpus(), f"{OUT}/pool/run", train=training.arm.train, arm=training.arm_name)
+
+
 def _command(name: str) -> None:
     from mechhier.cli import app
 
@@ -97,7 +107,7 @@ class Ending:
         if self.code < 0 or any(words in self.said for words in _NOT_FOR_USERS):
             return False
         complaint = _ANNOUNCED.sub("", self.said)
-        return self.code == 0 or (f"{OUT}/" in complaint and complaint.count("\n") <= _LINES)
+        return self.code == 0 or (re.search(rf"\b{OUT}\b", complaint) is not None and complaint.count("\n") <= _LINES)
 
 
 class Worker:
