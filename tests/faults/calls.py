@@ -23,7 +23,7 @@ from faults.work import OUT
 SPACE = ("open", "write", "mkdir", "fsync", "close")
 """Calls that a full disk or a quota refuses, some of them late."""
 ERRORS = {"ENOSPC": SPACE, "EDQUOT": SPACE, "EIO": (*SPACE, "rename", "unlink", "rmdir"), "short": ("write",)}
-"""What can happen in which call; "short": half of the bytes are written, and then the disk is full."""
+"""What can happen in which call; "short": one byte is written, and then the disk is full."""
 HIT = "hit.jsonl"
 _real = {name: getattr(os, name) for name in ("open", "write", "close", "fsync", "unlink", "link")}
 _real_open = io.open

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,6 +164,7 @@ def _work(work: Callable[[], None], folder: Path, says: Connection, disturbance:
     work()
 
 
+@cache
 def _server() -> Any:
     """The process from which all others are forked; started by the first call."""
     context = multiprocessing.get_context("forkserver")
