@@ -56,9 +56,9 @@ def gone_on(job: Job, folder: Path, damaged: Path) -> tuple[str, bool]:
     if ending.code == 0:
         wrong = job.wrong_in(folder)
         return (f"unnoticed: {wrong}", False) if wrong else ("the same command ends in the same bytes", True)
-    named = damaged.name in ending.said or (
-        bool(re.search(r"-\d", name := damaged.parent.name)) and name in ending.said
-    )
+    # By its own name; a file that is gone or is one of a checkpoint, by the folder.
+    names = [damaged.name, damaged.parent.name] if re.search(r"-\d", damaged.parent.name) else [damaged.name]
+    named = any(name in ending.said for name in names) or not damaged.exists()
     return f"the same command refuses: {last}", ending.was_orderly and named
 
 

@@ -72,7 +72,8 @@ def test_what_is_finished_outlasts_a_power_cut(jobs: dict[str, Job], tmp_path: P
     job = jobs[name]
     assert job.after(tmp_path / "whole", Cut()).code == 0
     disk_after(tmp_path / "whole", tmp_path / "after", seed=0, survival=0.0)
-    assert job.wrong_in(tmp_path / "after") == ""
+    # What was removed may be there again: the same command removes it.
+    assert job.contents.items() <= contents(tmp_path / "after" / OUT).items()
 
 
 @pytest.mark.slow
