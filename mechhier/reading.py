@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class ReadError(ValueError):
     """A file that cannot be read as what it should be; the message says where and why."""
 
 
-def read_text(path: str | Path, *, most_bytes: int) -> str:
+def read_text(path: str | os.PathLike[str], *, most_bytes: int) -> str:
     """The text of a UTF-8 file; a byte order mark is left out.
 
     Raises:

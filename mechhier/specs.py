@@ -7,14 +7,15 @@ and changed copies are validated alike, and say the same of what is wrong.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import numbers
+import operator
 import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,9 +31,10 @@ ADescribed = TypeVar("ADescribed", bound="Described")
 MOST_CONTEXT = 2**20
 """Most tokens of a row: with labels, one row takes 100 MB."""
 
-_LISTED = 5  # problems in a message
+_MOST_CHARACTERS = 450  # of the problems that a message lists
 _MOST_LEVELS = 64
-_MOST_VALUES = 10**7
+_LONGEST_NAME = 1_000  # of a file, with its folders
+_MOST_VALUES = 2 * 10**6
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -45,12 +47,13 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         path = ".".join(map(_name, self.where))
-        return f"{path}: {self.what}" if path else self.what
+        line = f"{path}: {self.what}" if path else self.what
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _name(part: str | int) -> str:
     text = str(part)
-    return text if len(text) <= 40 and text.isprintable() and text.isascii() else shown(text)
+    return text if len(text) <= 40 and text.isprintable() else shown(text)
 
 
 class SpecError(ValueError):
@@ -61,9 +64,13 @@ class SpecError(ValueError):
     @classmethod
     def of(cls, head: str, problems: Sequence[Problem]) -> SpecError:
         """The error that lists problems, one line each, under a head (without one if it is empty)."""
-        listed = [str(problem) for problem in problems[:_LISTED]]
-        if len(problems) > _LISTED:
-            listed.append(f"and {len(problems) - _LISTED} more")
+        listed: list[str] = []
+        for problem in problems:
+            line = str(problem)
+            if listed and sum(map(len, listed)) + len(line) > _MOST_CHARACTERS:
+                listed.append(f"and {len(problems) - len(listed)} more")
+                break
+            listed.append(line if len(line) <= _MOST_CHARACTERS else line[: _MOST_CHARACTERS - 3] + "...")
         if not head:
             error = cls("\n".join(listed))
         else:
@@ -76,11 +83,12 @@ class SpecError(ValueError):
 
 
 def _whole(value: Any) -> int:
+    number: Any = value
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if isinstance(value, numbers.Integral):
-            return int(value)
-        if math.isfinite(value) and value == int(value):
-            return int(value)
+            return int(number)
+        if math.isfinite(value) and value == math.floor(value):
+            return math.floor(value)
     raise PydanticCustomError("field", "must be a whole number")
 
 
@@ -145,7 +153,7 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "nothing (null)", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...").encode("ascii", "backslashreplace").decode()
+        return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, int):
         return str(int(value)) if abs(value) < 10**40 else f"a number of {int(value.bit_length() * 0.30103)} digits"
     if isinstance(value, numbers.Real):
@@ -214,7 +222,7 @@ class Described(BaseModel):
     @classmethod
     def _explain(cls, given: Any, validate: Callable[[Any], Any]) -> Any:
         """Say what is wrong at every level of nested settings, where it is known which fields there are."""
-        if problem := _not_text(given):
+        if problem := unreadable(given):
             raise SpecError.of(cls.__name__, [problem])
         try:
             return validate(given)
@@ -222,13 +230,18 @@ class Described(BaseModel):
             raise SpecError.of(cls.__name__, _problems(cls, error, given)) from None
 
 
-def _not_text(given: Any) -> Problem | None:
-    """What no file could hold or no terminal should get: half a surrogate pair, control characters, endless nesting."""
+def unreadable(given: Any) -> Problem | None:
+    """What settings cannot consist of: half a surrogate pair, control characters, sets, endless nesting."""
+    looked_at = (str, Mapping, list, tuple, set, frozenset)
     todo: list[tuple[Any, tuple[str | int, ...]]] = [(given, ())]
     n_values = 0
     while todo:
         value, path = todo.pop()
-        n_values += 1
+        n_values += len(value) if isinstance(value, Mapping | list | tuple) else 0
+        if len(path) > _MOST_LEVELS or n_values > _MOST_VALUES:
+            return Problem(
+                path[:3], f"is nested more than {_MOST_LEVELS} levels deep, or has over {_MOST_VALUES:,} values"
+            )
         if isinstance(value, str):
             if found := _NOT_TEXT.search(value):
                 kind = "half a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a control character"
@@ -237,11 +250,9 @@ def _not_text(given: Any) -> Problem | None:
             todo += [(part, path) for part in value if isinstance(part, str)]
             todo += [(part, (*path, key if isinstance(key, str) else shown(key))) for key, part in value.items()]
         elif isinstance(value, list | tuple):
-            todo += [(part, (*path, i)) for i, part in enumerate(value)]
-        if len(path) > _MOST_LEVELS or n_values > _MOST_VALUES:
-            return Problem(
-                path[:3], f"is nested more than {_MOST_LEVELS} levels deep, or has over {_MOST_VALUES:,} values"
-            )
+            todo += [(part, (*path, i)) for i, part in enumerate(value) if isinstance(part, looked_at)]
+        elif isinstance(value, set | frozenset):
+            return Problem(path, "is a set, which has no order; give a list")
     return None
 
 
@@ -300,9 +311,9 @@ def _fields(loc: Iterable[str | int], given: Any) -> tuple[str | int, ...]:
     """The part of a location that names fields and items of what was given."""
     where: list[str | int] = []
     for part in loc:
-        if (isinstance(given, Mapping) and part in given) or (
-            isinstance(given, list | tuple) and isinstance(part, int) and 0 <= part < len(given)
-        ):
+        if isinstance(given, Mapping) and part in given:  # noqa: SIM114
+            given = given[part]
+        elif isinstance(given, list | tuple) and isinstance(part, int) and 0 <= part < len(given):
             given = given[part]
         elif isinstance(given, BaseModel) and isinstance(part, str) and part in type(given).model_fields:
             given = getattr(given, part)
@@ -374,7 +385,7 @@ def check_arguments(
             problems.append(Problem((*where, str(name)), no_such_field(str(name), accepted, what="option")))
         elif (adapter := accepted[name]) is None:
             checked[name] = value
-        elif problem := _not_text(value):
+        elif problem := unreadable(value):
             problems.append(Problem((*where, name, *problem.where), problem.what))
         else:
             try:
@@ -387,7 +398,7 @@ def check_arguments(
     return checked
 
 
-@lru_cache
+@functools.lru_cache
 def argument_types(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any] | None]:
     """What checks each named argument of a function; None where its annotation is of another kind."""
     hints = get_type_hints(inspect.unwrap(function), include_extras=True)
@@ -398,21 +409,21 @@ def argument_types(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any] |
 
 def _strict(hint: Any) -> Any:
     """An annotation with the types of fields in place of Python's; None if it has parts that no file can hold."""
-    simple = {int: Whole, float: Number, bool: Flag, str: Text, type(None): None.__class__}
-    if hint in simple:
-        return simple[hint]
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is None:
+        return {int: Whole, float: Number, bool: Flag, str: Text, type(None): hint}.get(hint)
     if origin is Literal:
         return hint
     if origin is Annotated:
         of = _strict(inner[0])
         return None if of is None else Annotated[(of, *inner[1:])]
-    if origin not in (Union, types.UnionType, tuple, list, Sequence):
-        return None
     parts = [part if part is ... else _strict(part) for part in inner]
     if None in parts:
         return None
-    return Union[tuple(parts)] if origin in (Union, types.UnionType) else origin[tuple(parts)]
+    if origin in (Union, types.UnionType):
+        return functools.reduce(operator.or_, parts)
+    of_items: dict[Any, Any] = {tuple: tuple, list: list, Sequence: Sequence}
+    return of_items[origin][tuple(parts)] if origin in of_items else None
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -433,7 +444,8 @@ def read_spec(model: type[Spec], source: str | os.PathLike[str], *, package: str
     if not isinstance(source, str | os.PathLike):
         raise SpecError(f"a spec is read from a file, not from {shown(source)}; {model.__name__}(...) takes fields")
     try:
-        described = read_yaml(_spec_text(Path(source).expanduser(), source, what, package), str(source))
+        text = _spec_text(str(source), what, package)
+        described = read_yaml(text, str(source))
     except ReadError as error:
         raise SpecError(str(error)) from error
     if not isinstance(described, dict):
@@ -444,15 +456,14 @@ def read_spec(model: type[Spec], source: str | os.PathLike[str], *, package: str
         raise SpecError.of(f"{source} is not a valid {what}", error.problems) from None
 
 
-def _spec_text(path: Path, source: str | os.PathLike[str], what: str, package: str) -> str:
-    try:
-        there = path.exists()
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise ReadError(f"no file {shown(str(source))}: {error}") from error
-    if there:
+def _spec_text(source: str, what: str, package: str) -> str:
+    if len(source) > _LONGEST_NAME or not source.isprintable():
+        raise ReadError(f"{shown(source)} is no file's name")
+    path = Path(source).expanduser()
+    if path.exists():
         return read_text(path, most_bytes=MOST_SPEC_BYTES)
     entries = resources.files(package).iterdir()
     packaged = {Path(entry.name).stem: entry for entry in entries if entry.name.endswith(".yaml")}
-    if str(source) not in packaged:
+    if source not in packaged:
         raise ReadError(f"no file {source}, and no packaged {what} of that name ({', '.join(sorted(packaged))})")
-    return decoded(packaged[str(source)].read_bytes(), str(source))
+    return decoded(packaged[source].read_bytes(), source)

@@ -27,7 +27,7 @@ MOST_TOKENS = 10**15
 """Most tokens of a corpus: more text than there is. Nothing is held but the blocks that are read."""
 MOST_WORDS = 10**6
 """Most tokens of a vocabulary: they are listed, and a model has a row for each."""
-MOST_BYTES = 2**32
+MOST_BYTES = 2**30
 """Most memory of what a language draws once."""
 UNBOUNDED_CONTEXT = 512
 """Row length where documents have no longest and none is given: that of arXiv 2603.06592."""

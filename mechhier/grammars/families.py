@@ -14,13 +14,13 @@ from typing import Annotated, Any, TypeGuard
 from pydantic import Field
 
 from mechhier.grammars.base import stable_generator
-from mechhier.grammars.pcfg import MOST_RULES, MOST_SYMBOLS, PCFG
-from mechhier.grammars.rules import Rule
+from mechhier.grammars.pcfg import PCFG
+from mechhier.grammars.rules import Rule, check_size
 from mechhier.specs import Flag, Number, Problem, Seed, Size, SpecError, Whole, check_arguments, no_such_field
 
 _BRACKETS = ("()", "[]", "{}", "<>")
 _TRIES = 10_000
-_MOST_DRAWS = 10**5  # of rules, over all tries of a level: two seconds
+_MOST_DRAWS = 50_000  # of rules, over all tries of a level: half a second
 _MOST_TUPLES = 10**6
 
 Levels = Annotated[Size, Field(le=100)]
@@ -86,7 +86,7 @@ def cfg3(
     for name, (low, high) in (("n_rules", n_rules), ("rule_lengths", rule_lengths)):
         if low > high:
             raise SpecError(f"{name}={(low, high)}: the smaller number comes first")
-    _check_size(1 + (n_levels - 1) * n_symbols, n_rules[1], rule_lengths[1])
+    _check_size(1 + n_levels * n_symbols, n_rules[1], rule_lengths[1])
     if distinct_children and rule_lengths[1] > n_symbols:
         raise ValueError(
             f"rule_lengths={rule_lengths}: {rule_lengths[1]} distinct children need as many symbols, and n_symbols is "
@@ -160,7 +160,7 @@ def random_hierarchy(
         >>> round(grammar.expected_length, 6), grammar.max_document_length
         (8.0, 9)
     """
-    _check_size(n_classes + (n_levels - 1) * n_symbols, n_tuples, tuple_length)
+    _check_size(1 + n_classes + n_levels * n_symbols, n_tuples, tuple_length)
     possible = n_symbols**tuple_length
     needed = n_tuples * max(n_classes, n_symbols if n_levels > 1 else 1)
     if needed > possible or possible > _MOST_TUPLES:
@@ -212,7 +212,7 @@ def dyck(
         >>> dyck(n_brackets=1, max_depth=1, p_next=0.5).to_string()
         "%start D1\\nD1 -> '(' ')' [0.5] | '(' ')' D1 [0.5]"
     """
-    _check_size(max_depth, 4 * n_brackets, 4)
+    check_size(max_depth + 2 * n_brackets, 4 * n_brackets * max_depth, 16 * n_brackets * max_depth)
     pairs = [_BRACKETS[i] if i < len(_BRACKETS) else (f"({i}", f"){i}") for i in range(n_brackets)]
     rules = []
     for depth in range(1, max_depth + 1):
@@ -252,12 +252,8 @@ def expand_family(described: Any) -> Any:
 
 
 def _check_size(n_symbols: int, n_rules: int, length: int) -> None:
-    """Refuse a grammar that would have more rules than a grammar may have, before they are drawn."""
-    if n_symbols * n_rules > MOST_RULES or n_symbols * n_rules * length > MOST_SYMBOLS:
-        raise SpecError(
-            f"{n_symbols:,} symbols with up to {n_rules:,} rules of up to {length:,} symbols; at most {MOST_RULES:,} rules "
-            f"and {MOST_SYMBOLS:,} symbols in them are accepted: choose smaller sizes"
-        )
+    """Refuse a grammar of too many symbols, of so many rules of that length each, before they are drawn."""
+    check_size(n_symbols, n_symbols * n_rules, n_symbols * n_rules * length)
 
 
 def _reachable_part(rules: list[Rule], tokens: tuple[str, ...], fields: dict[str, Any]) -> PCFG:

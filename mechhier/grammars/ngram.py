@@ -68,7 +68,7 @@ class NGram(Grammar):
 
     kind: Literal["ngram"] = "ngram"
     n_tokens: Annotated[Whole, Field(ge=2, le=MOST_WORDS)] = 101
-    n_rows: Annotated[Size, Field(le=2**31 - 1)] = 1000
+    n_rows: Annotated[Size, Field(le=100_000)] = 1000
     orders: Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=1_000)] = (1, 2, 4, 8, 16, 32, 64, 128)
     order_exponent: Annotated[Number, Field(ge=0)] = 1.5
     row_exponent_mean: Number = 2.0

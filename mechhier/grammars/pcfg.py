@@ -17,7 +17,6 @@ from scipy.special import entr
 
 from mechhier.grammars import derivation, lengths, notation, parsing
 from mechhier.grammars.base import (
-    MOST_BYTES,
     MOST_WORDS,
     Grammar,
     IdealLoss,
@@ -26,7 +25,17 @@ from mechhier.grammars.base import (
     check_tokens,
     read_only,
 )
-from mechhier.grammars.rules import EOS, Rule, bottom_up, check, is_recursive, mean_children, normalised
+from mechhier.grammars.rules import (
+    EOS,
+    MOST_RULES,
+    Rule,
+    bottom_up,
+    check,
+    check_size,
+    is_recursive,
+    mean_children,
+    normalised,
+)
 from mechhier.grammars.trees import Tree, node_numbers
 from mechhier.reading import read_json, read_text
 from mechhier.specs import Size, Text, Whole
@@ -36,14 +45,10 @@ if TYPE_CHECKING:
 
     from mechhier.grammars.inference import Prediction, Predictor
 
-MOST_RULES = 100_000
-"""Most rules of a grammar."""
-MOST_SYMBOLS = 10**6
-"""Most symbols in the right sides of a grammar's rules."""
 MOST_LENGTH = 10_000
 """Longest string whose probability is computed for `lengths`: the time grows with its square."""
 _MOST_TABLE_BYTES = 2**26
-_MOST_PRODUCTS = 10**9  # of such a computation, in a round
+_MOST_PRODUCTS = 10**9  # of such a computation, half of them made
 _LEAST_ACCEPTED_MASS = 1e-3  # of strings whose length is accepted: rejection draws 1 / mass strings for one
 
 
@@ -119,8 +124,9 @@ class PCFG(Grammar):
             FileNotFoundError: There is no such file.
             ValueError: The table does not have this form.
         """
-        is_table = isinstance(source, dict)
-        table = source if is_table else read_json(read_text(source, most_bytes=_MOST_TABLE_BYTES), str(source))
+        table: Any = source
+        if not isinstance(source, dict):
+            table = read_json(read_text(source, most_bytes=_MOST_TABLE_BYTES), str(source))
         start, terminals, rules = notation.read_cfg3(table)
         return cls(start=start, terminals=terminals, rules=rules, **fields)
 
@@ -134,15 +140,8 @@ class PCFG(Grammar):
 
     @model_validator(mode="after")
     def _check(self) -> PCFG:
-        n_symbols = len({rule.lhs for rule in self.rules}) + len(self.terminals)
-        if 8 * n_symbols**2 > MOST_BYTES:
-            raise ValueError(
-                f"{n_symbols:,} symbols need {8 * n_symbols**2 / 2**30:,.0f} GiB for the table of which expands to which; at "
-                f"most {MOST_BYTES // 2**30} GiB are accepted"
-            )
         n_children = sum(len(rule.rhs) for rule in self.rules)
-        if n_children > MOST_SYMBOLS:
-            raise ValueError(f"the rules hold {n_children:,} symbols; at most {MOST_SYMBOLS:,} are accepted")
+        check_size(len({rule.lhs for rule in self.rules}) + len(self.terminals), len(self.rules), n_children)
         check(self.start, self.terminals, self.rules)
         if self.lengths is not None:
             shortest, longest = self.lengths

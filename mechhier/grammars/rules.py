@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
@@ -18,12 +18,15 @@ from mechhier.specs import Number, shown
 EOS = "<eos>"
 _UNKNOWN = "<unk>"  # what a tokenizer makes of other words
 
-_SUM_TOLERANCE = (
-    1e-4  # a hundred probabilities written with six digits, as NLTK does, pass; whoever uses them normalises
-)
+MOST_RULES = 100_000
+"""Most rules of a grammar."""
+_MOST_CHILDREN = 10**6  # symbols in right sides
+_MOST_SYMBOLS = 2**14  # the table of which expands to which is 2 GiB
 _MOST_RECURSIVE = 1000  # symbols: the eigenvalues of a matrix of this size take a second
 _MOST_COMPARED = 5000  # names, with one that is misspelt
 _MOST_SHOWN = 12  # symbols of a rule in a message
+# A hundred probabilities written with six digits, as NLTK does, pass; whoever uses them normalises.
+_SUM_TOLERANCE = 1e-4
 _MARGIN = 1e-9  # of the spectral radius, for rounding
 
 
@@ -80,6 +83,24 @@ def bottom_up(rules: Iterable[Rule]) -> Iterator[tuple[str, list[Rule]]]:
     yield from ((lhs, rules_of[lhs]) for lhs in TopologicalSorter(inside).static_order())
 
 
+def check_size(n_symbols: int, n_rules: int, n_children: int) -> None:
+    """Refuse what is too large to be worked on.
+
+    Args:
+        n_symbols: Number of nonterminals and terminals.
+        n_rules: Number of rules.
+        n_children: Number of symbols in their right sides.
+
+    Raises:
+        ValueError: One of them is too large; the message has the limits.
+    """
+    if n_symbols > _MOST_SYMBOLS or n_rules > MOST_RULES or n_children > _MOST_CHILDREN:
+        raise ValueError(
+            f"a grammar of {n_symbols:,} symbols and {n_rules:,} rules with {n_children:,} symbols in them; at most "
+            f"{_MOST_SYMBOLS:,} symbols and {MOST_RULES:,} rules with {_MOST_CHILDREN:,} are accepted"
+        )
+
+
 def check(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
     """Refuse what is not a consistent grammar, or has parts that no string uses.
 
@@ -92,7 +113,7 @@ def check(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
 
 def _check_symbols(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
     if len(set(terminals)) < len(terminals):
-        twice = next(terminal for terminal, n in Counter(terminals).items() if n > 1)
+        twice = next(t for t, times in Counter(terminals).items() if times > 1)
         raise ValueError(f"the terminal {twice!r} is listed twice")
     for terminal in terminals:
         if terminal in ("", EOS, _UNKNOWN):

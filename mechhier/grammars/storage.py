@@ -56,10 +56,10 @@ class Manifest(Described):
     """Content of ``manifest.json``: what the corpus is, and every block with its size and hash."""
 
     format: Literal[1] = 1
-    corpus: dict[str, Any]
-    dtype: str
+    corpus: dict[Text, Any]
+    dtype: Text
     blocks: list[BlockEntry]
-    versions: dict[str, str]
+    versions: dict[Text, Text]
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -24,7 +24,7 @@ from mechhier.files import write_whole
 from mechhier.grammars import Corpus, CorpusSpec, Grammar
 from mechhier.models.spec import MOST_STEPS, ModelSpec, TrainSpec, checkpoint_steps
 from mechhier.reading import read_json, read_text
-from mechhier.specs import Described, Flag, Size
+from mechhier.specs import Described, Flag, Size, Text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,19 +58,19 @@ class Manifest(Described):
     """1: of mechhier 0.4 and before, whose schedules began at a rate of 0."""
     model: ModelSpec
     train: TrainSpec
-    corpus: dict[str, Any]
+    corpus: dict[Text, Any]
     """The corpus as its `description` says it: grammar, seed, sizes."""
-    text_sha256: str | None = None
+    text_sha256: Text | None = None
     """Hash of the corpus's first block of text: the same description must mean the same text."""
     steps: Annotated[Size, Field(le=MOST_STEPS)]
     """Optimizer steps of the whole training."""
-    device: str
+    device: Text
     """Device and precision of the training; the same run on another one agrees only to rounding."""
-    versions: dict[str, str]
-    arm: str | None = None
+    versions: dict[Text, Text]
+    arm: Text | None = None
     """The arm of an experiment that was trained; None for a training of its own."""
     finished: Flag = False
-    weights_sha256: dict[int, str] = {}
+    weights_sha256: dict[int, Text] = Field(default_factory=dict)
     """Hash of each checkpoint's weights, once training has finished."""
 
     @field_validator("corpus")

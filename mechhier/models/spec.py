@@ -20,6 +20,8 @@ Positive = Annotated[Number, Field(gt=0)]
 
 MOST_LAYERS = 1_000
 """Most layers of a model: they are built one by one, at a millisecond each."""
+MOST_WIDTH = 10**7
+"""Most neurons, or heads, side by side; the bytes of all weights are limited besides."""
 MOST_BYTES = 2**40
 """Most bytes of a model's weights, embeddings of tokens left out: a terabyte in float32."""
 MOST_STEPS = 10**9
@@ -67,15 +69,15 @@ class ModelSpec(Described):
     """Family, by Hugging Face's `model_type`."""
     n_layers: Annotated[Size, Field(le=MOST_LAYERS)]
     """Number of blocks; all their weights have at most a terabyte."""
-    d_model: Size
+    d_model: Annotated[Size, Field(le=MOST_WIDTH)]
     """Width of the residual stream; divisible by `n_heads`."""
-    n_heads: Size
+    n_heads: Annotated[Size, Field(le=MOST_WIDTH)]
     """Attention heads of each block."""
-    d_mlp: Size | None = None
+    d_mlp: Annotated[Size, Field(le=MOST_WIDTH)] | None = None
     """Width of the MLP's hidden layer; None: 4 x d_model."""
     n_ctx: Annotated[Size, Field(le=MOST_CONTEXT)] | None = None
     """Longest sequence; None: the corpus's context."""
-    n_key_value_heads: Size | None = None
+    n_key_value_heads: Annotated[Size, Field(le=MOST_WIDTH)] | None = None
     """Heads with keys and values of their own, each shared by `n_heads / n_key_value_heads` query heads (grouped-query
     attention), in `llama` and `olmo2`; None: as many as `n_heads`."""
 

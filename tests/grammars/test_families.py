@@ -6,7 +6,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from mechhier.grammars import PCFG, AnyGrammar, cfg3, dyck, random_hierarchy
 from mechhier.grammars.families import FAMILIES
-from mechhier.specs import SpecError
 
 
 @pytest.mark.parametrize("seed", range(4))

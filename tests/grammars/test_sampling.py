@@ -59,7 +59,7 @@ assert alias_table(np.array([[0.25, 0.75]]))[0].tolist() == [[0.5, 1.0]]
 @pytest.mark.parametrize(
     "spoil",
     [
-        "caching._CacheImpl._locator_classes = []",  # a read-only installation without a home
+        "caching.CacheImpl._locator_classes = []",  # a read-only installation without a home
         "def full(*a, **k): raise OSError(28, 'No space left on device')\ncaching.IndexDataCacheFile.save = full",
         "def cut(*a, **k): raise EOFError('Ran out of input')\ncaching.IndexDataCacheFile.load = cut",
     ],
