@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 
 from mechhier.grammars.trees import Tree, trees_of_row
-from mechhier.specs import MOST_CONTEXT, Described, Seed, SpecError, Whole, whole
+from mechhier.specs import MOST_CONTEXT, Described, Seed, SpecError, Whole, shown, whole
 
 if TYPE_CHECKING:
     from mechhier.grammars.corpus import Corpus
@@ -29,6 +29,8 @@ MOST_WORDS = 10**6
 """Most tokens of a vocabulary: they are listed, and a model has a row for each."""
 MOST_BYTES = 2**30
 """Most memory of what a language draws once."""
+MOST_TEXT_BYTES = 2**34
+"""Most memory of text that is drawn at once."""
 UNBOUNDED_CONTEXT = 512
 """Row length where documents have no longest and none is given: that of arXiv 2603.06592."""
 
@@ -199,6 +201,10 @@ class Grammar(Described, ABC):
         """Draw the tokens that :meth:`generate` draws, and say how to label them: tokens alone are several times faster."""
         n_rows = whole("n_rows", n_rows, least=1)
         context = whole("context", context, least=MIN_CONTEXT, most=MOST_CONTEXT)
+        if not isinstance(rng, np.random.Generator):
+            raise SpecError(f"rng must be a generator, np.random.default_rng(seed), got {shown(rng)}")
+        if 8 * n_rows * context > MOST_TEXT_BYTES:
+            raise SpecError(f"{n_rows:,} rows of {context:,} tokens at once are too many; use grammar.corpus(tokens)")
         rows, width = (1, n_rows * context) if packed else (n_rows, context)
         tokens, make_labels = self._generate(rows, width, rng)
 
@@ -232,8 +238,9 @@ class Grammar(Described, ABC):
         Raises:
             ValueError: The sample was drawn without trees.
         """
-        if "nodes" not in sample.labels:
+        if "nodes" not in check_sample(sample).labels:
             raise ValueError("the sample has no trees; generate it with trees=True")
+        row = whole("row", row, least=-len(sample.tokens), most=len(sample.tokens) - 1)
         tokens = [self.vocabulary[token] for token in sample.tokens[row]]
         return trees_of_row(tokens, sample.labels["ancestors"][row], sample.labels["nodes"][row], self.symbols)
 
@@ -317,11 +324,46 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def check_tokens(tokens: np.ndarray, vocab_size: int) -> Int[np.ndarray, "row position"]:
-    """Return tokens as int64 after checking that they are rows of ids of the vocabulary."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"tokens must be integers of shape [rows, positions], not {tokens.dtype} {tokens.shape}")
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        raise ValueError(f"token ids must be 0..{vocab_size - 1}; found {tokens.min()}..{tokens.max()}")
-    return tokens.astype(np.int64)
+def check_tokens(tokens: object, vocab_size: int) -> Int[np.ndarray, "row position"]:
+    """Return tokens as int64 after checking that they are rows of ids of the vocabulary.
+
+    Raises:
+        SpecError: They are not; the message says what they are.
+    """
+    array = as_ids(tokens)
+    if array.ndim != 2:
+        hint = "; one row is tokens[None]" if array.ndim == 1 else ""
+        raise SpecError(f"tokens must be integers of shape [rows, positions], not of shape {array.shape}{hint}")
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
+        raise SpecError(f"token ids must be 0..{vocab_size - 1}; found {array.min()}..{array.max()}")
+    return array.astype(np.int64)
+
+
+def as_ids(tokens: object) -> Int[np.ndarray, ...]:
+    """Return tokens as an array of integers of any type, after checking that they are that."""
+    try:
+        array = np.asarray(tokens)
+    except (ValueError, TypeError, RuntimeError):  # lists of unequal lengths, tensors on another device
+        raise SpecError(
+            f"tokens must be an array of integers, not {shown(tokens)} that makes none: rows have one length, and a tensor "
+            "is on the CPU"
+        ) from None
+    if array.size == 0 and array.dtype == np.float64:
+        array = array.astype(np.int64)  # of an empty list
+    if not np.issubdtype(array.dtype, np.integer):
+        words = "; grammar.vocabulary.index(word) is a word's id" if array.dtype.kind in "US" else ""
+        raise SpecError(f"tokens must be integers, not {array.dtype} (of shape {array.shape}){words}")
+    return array
+
+
+def check_sample(sample: object, *labels: str) -> Sample:
+    """Return a sample after checking that it is one, with these labels.
+
+    Raises:
+        SpecError: It is not.
+    """
+    if not isinstance(sample, Sample):
+        raise SpecError(f"must be the Sample that generate() or Corpus.sample() return, got {shown(sample)}")
+    if missing := [name for name in labels if name not in sample.labels]:
+        raise SpecError(f"the sample has no label {missing[0]!r}; generate() and Corpus.sample() return it")
+    return sample

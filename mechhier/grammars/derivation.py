@@ -13,6 +13,9 @@ import numpy as np
 
 from mechhier.grammars.sampling import alias_table, compiled, draw
 
+MOST_CHART_BYTES = 2**32
+"""Most memory of what is known of one string, or of the trees of a sample."""
+
 
 class Rules(NamedTuple):
     """The rules of a grammar as arrays; symbols from 0 are nonterminals, those from ``n_nonterminals`` terminals."""

@@ -29,6 +29,7 @@ from mechhier.grammars.base import (
     IdealLoss,
     MakeLabels,
     Sample,
+    check_sample,
     read_only,
     stable_generator,
     zipf,
@@ -377,6 +378,7 @@ class DocumentGrammar(Grammar):
         Raises:
             ValueError: A row does not begin a document, or is not text of this language.
         """
+        check_sample(sample, "rank")
         if any(np.any(sample.labels[name][:, 0] != 0) for name in ("sentence", "clause") if name in sample.labels):
             raise ValueError(
                 "every row must begin a document to be predicted exactly; generate with packed=False, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -54,7 +55,8 @@ def empty_probabilities(rules: Rules, n_nonterminals: int) -> Float[np.ndarray, 
         if cells:
             row, col, slope = zip(*cells, strict=True)
             slopes = coo_array((slope, (row, col)), shape=(len(unknown),) * 2)
-            step = np.atleast_1d(spsolve((eye_array(len(unknown)) - slopes).tocsc(), step))
+            solution: Any = spsolve((eye_array(len(unknown)) - slopes).tocsc(), step)
+            step = np.atleast_1d(solution)
         empty[unknown] = np.clip(empty[unknown] + step, 0.0, 1.0)
         if np.abs(step).max() < _CONVERGED:
             break

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int8, Int32, Int64
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from mechhier.grammars.base import Grammar, IdealLoss, MakeLabels, Sample, check_tokens, read_only
+from mechhier.grammars.base import Grammar, IdealLoss, MakeLabels, Sample, check_sample, check_tokens, read_only
 from mechhier.grammars.ngram import places_in_documents
 from mechhier.grammars.sampling import compiled
 from mechhier.specs import Size
@@ -205,7 +205,7 @@ class FittedNGram(Grammar):
         Raises:
             ValueError: A row does not begin as generated rows begin.
         """
-        if np.any(sample.labels["position"][:, 0] != 0):
+        if np.any(check_sample(sample, "position").labels["position"][:, 0] != 0):
             raise ValueError("every row must begin a text to be predicted exactly; generate with packed=False")
         tokens = check_tokens(sample.tokens, self.vocab_size)
         probability = np.empty(tokens.shape)

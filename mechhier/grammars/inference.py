@@ -24,8 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from mechhier.grammars.base import MOST_BYTES
-from mechhier.grammars.derivation import grown
+from mechhier.grammars.derivation import MOST_CHART_BYTES, grown
 from mechhier.grammars.empty import Rules, empty_probabilities, without_empty
 from mechhier.grammars.sampling import compiled
 
@@ -144,7 +143,7 @@ class Predictor:
             ValueError: It is too large.
         """
         n_nonterminals = len(names) - n_terminals
-        if 3 * 8 * n_nonterminals**2 > MOST_BYTES or n_nonterminals > _MOST_NONTERMINALS:
+        if n_nonterminals > _MOST_NONTERMINALS:
             raise ValueError(
                 f"prediction takes inverses of matrices of {n_nonterminals:,} by {n_nonterminals:,} symbols; at most "
                 f"{_MOST_NONTERMINALS:,} are accepted"
@@ -208,10 +207,10 @@ class Predictor:
         n_nonterminals, n_terminals = self.tables.emission.shape
         n, n_items = len(tokens) + 1, len(self.tables.item_next)
         n_bytes = n * (36 * n_nonterminals + 12 * n_terminals + 12 * n_items + 8 * states * len(self.dotted_rules))
-        if n_bytes > MOST_BYTES:
+        if n_bytes > MOST_CHART_BYTES:
             raise ValueError(
                 f"a string of {n - 1:,} tokens takes {n_bytes / 2**30:,.1f} GiB with a grammar of {n_nonterminals:,} symbols "
-                f"and {n_items:,} dotted rules; at most {MOST_BYTES // 2**30} GiB are accepted: give shorter strings"
+                f"and {n_items:,} dotted rules; at most {MOST_CHART_BYTES // 2**30} GiB are accepted: give shorter strings"
             )
         column = _Column.empty(n, n_nonterminals, n_items)
         waiting = np.zeros((n, n_nonterminals + n_terminals), dtype=np.int32)
@@ -355,7 +354,7 @@ def _begin_rules(
         rule = tables.by_first[place]
         p = tables.probability[rule] * probability
         if p > 0.0 and predicted[tables.lhs[rule]] > 0.0:
-            _advance(tables.first_item[rule], p, k, column)
+            _advance(int(tables.first_item[rule]), float(p), k, column)
 
 
 @compiled

@@ -21,6 +21,7 @@ from mechhier.grammars.base import (
     IdealLoss,
     MakeLabels,
     Sample,
+    check_sample,
     check_tokens,
     read_only,
     stable_generator,
@@ -244,7 +245,7 @@ class NGram(Grammar):
         Raises:
             ValueError: A row does not begin a document, or is not text of this language.
         """
-        if np.any(sample.labels["position"][:, 0] != 0):
+        if np.any(check_sample(sample, "position").labels["position"][:, 0] != 0):
             raise ValueError("every row must begin a document to be predicted exactly; generate with packed=False")
         tokens, position = self._parse(sample.tokens)
         is_eos = tokens == self.eos_token_id

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from mechhier.grammars.base import MOST_BYTES
+from mechhier.grammars.derivation import MOST_CHART_BYTES
 from mechhier.grammars.empty import Rules, most_probable_empty, without_empty
 from mechhier.grammars.sampling import compiled
 from mechhier.grammars.trees import Tree
@@ -81,10 +81,10 @@ def most_probable_tree(
         lhs=np.array([lhs for lhs, _, _ in several], dtype=np.int64),
     )
     n_bytes = 12 * (len(tokens) + 1) ** 2 * (n_nonterminals + len(places))
-    if n_bytes > MOST_BYTES:
+    if n_bytes > MOST_CHART_BYTES:
         raise ValueError(
             f"the trees of {len(tokens):,} tokens take {n_bytes / 2**30:,.1f} GiB with a grammar of {n_nonterminals:,} symbols "
-            f"and {len(places):,} dotted rules; at most {MOST_BYTES // 2**30} GiB are accepted: give a shorter string"
+            f"and {len(places):,} dotted rules; at most {MOST_CHART_BYTES // 2**30} GiB are accepted: give a shorter string"
         )
     best, how, split = _parse(np.asarray(tokens, dtype=np.int64), tables)
     if best[0, len(tokens), 0] == -np.inf:

@@ -22,6 +22,8 @@ from mechhier.grammars.base import (
     IdealLoss,
     MakeLabels,
     Sample,
+    as_ids,
+    check_sample,
     check_tokens,
     read_only,
 )
@@ -38,7 +40,7 @@ from mechhier.grammars.rules import (
 )
 from mechhier.grammars.trees import Tree, node_numbers
 from mechhier.reading import read_json, read_text
-from mechhier.specs import Size, Text, Whole
+from mechhier.specs import Size, SpecError, Text, Whole, shown, whole
 
 if TYPE_CHECKING:
     import os
@@ -58,8 +60,9 @@ class PCFG(Grammar):
     Attributes:
         start: The symbol every string is derived from.
         terminals: The tokens, in the order of their ids; ``<eos>`` comes after them.
-        rules: The rules. The probabilities of a symbol's rules sum to one within 1e-4, and are normalised; rules may be recursive as long as
-            derivations end with probability one (spectral radius of :attr:`mean_matrix` below one), and may be empty.
+        rules: The rules. The probabilities of a symbol's rules sum to one within 1e-4, and are normalised; rules may be
+            recursive as long as derivations end with probability one (spectral radius of :attr:`mean_matrix` below one),
+            and may be empty.
         lengths: Shortest and longest string; strings of another length are rejected and drawn again, so that the
             language is the grammar's given the length (see :attr:`rejected_mass`). None: every length.
 
@@ -106,6 +109,8 @@ class PCFG(Grammar):
             >>> grammar.vocabulary, len(grammar.rules)
             (['a', 'b', '<eos>'], 2)
         """
+        if not isinstance(text, str):
+            raise SpecError(f"a grammar is read from text in NLTK's notation, got {shown(text)}")
         start, terminals, rules = notation.read(text)
         return cls(start=start, terminals=terminals, rules=rules, **fields)
 
@@ -269,8 +274,12 @@ class PCFG(Grammar):
     def length_probabilities(self, longest: int) -> Float[np.ndarray, " length"]:
         """Return P(a string has 0, 1, .. ``longest`` tokens), before ``lengths`` rejects any.
 
-        Cost: some dozens of convolutions of that length per rule.
+        Cost: longest^2 / 2 for every symbol of every rule, in compiled code.
+
+        Raises:
+            ValueError: ``longest`` is above 10,000.
         """
+        longest = whole("longest", longest, least=0, most=MOST_LENGTH)
         return lengths.length_laws(self._rule_ids, len(self.nonterminals), longest)[0]
 
     @cached_property
@@ -328,7 +337,13 @@ class PCFG(Grammar):
             )
             labels = {"category": category, "depth": depth, "open": is_open, "document": document, "position": position}
             if trees:
-                ancestors = derivation.ancestors(used, ends, context, int(depth.max()), rules)
+                deepest = int(depth.max())
+                if 16 * depth.size * deepest > derivation.MOST_CHART_BYTES:
+                    raise SpecError(
+                        f"the trees of {depth.size:,} tokens that are up to {deepest:,} levels deep take "
+                        f"{depth.size * deepest / 2**26:,.1f} GiB; generate fewer rows, or shorter ones"
+                    )
+                ancestors = derivation.ancestors(used, ends, context, deepest, rules)
                 labels |= {"ancestors": ancestors, "nodes": node_numbers(ancestors, shared)}
             return labels
 
@@ -463,6 +478,11 @@ class PCFG(Grammar):
         """Return one field of the :class:`Prediction` of every string at every place."""
         self._refuse_lengths()
         tokens = check_tokens(tokens, self.vocab_size)
+        if 8 * tokens.size * width > derivation.MOST_CHART_BYTES:
+            raise SpecError(
+                f"{width:,} probabilities for each of {tokens.size:,} tokens take {tokens.size * width / 2**27:,.1f} GiB; give "
+                "fewer rows at a time"
+            )
         result = np.zeros((*tokens.shape, width))
         for row, start, stop, ended in self._strings(tokens):
             prediction = self._predict(tokens, row, start, stop, ended, states=field == "states")
@@ -482,7 +502,7 @@ class PCFG(Grammar):
         Raises:
             ValueError: A row does not begin a document, or is not text of this language.
         """
-        if np.any(sample.labels["position"][:, 0] != 0):
+        if np.any(check_sample(sample, "position").labels["position"][:, 0] != 0):
             raise ValueError("every row must begin a document to be predicted exactly; generate with packed=False")
         tokens = check_tokens(sample.tokens, self.vocab_size)
         loss = np.zeros(tokens.shape)
@@ -528,11 +548,9 @@ class PCFG(Grammar):
         return prediction
 
     def _check_string(self, tokens: Int[np.ndarray, " position"]) -> Int[np.ndarray, " position"]:
-        tokens = np.asarray(tokens)
+        tokens = as_ids(tokens)
         if tokens.ndim != 1:
-            raise ValueError(f"a string has one dimension; tokens has shape {tokens.shape}")
-        if len(tokens) == 0:
-            return tokens.astype(np.int64)
+            raise SpecError(f"a string has one dimension; tokens has shape {tokens.shape}")
         return check_tokens(tokens[None], self.eos_token_id)[0]
 
     def _refuse_lengths(self) -> None:

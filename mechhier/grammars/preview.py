@@ -21,6 +21,7 @@ _N_SENTENCES = 10
 _SENTENCE_TOKENS = 20
 _N_FREQUENT = 12
 _TREE_TOKENS = 30
+_TREE_LEVELS = 30  # deeper, and there is no room in the line
 _FLOOR_ROWS = 64
 _ARM_ROWS = 16
 _COMPARED_TOKENS = 2_000_000
@@ -41,9 +42,7 @@ def preview(corpus: Corpus) -> Iterator[RenderableType]:
     for sentence in _sentences(corpus, tokens):
         yield Padding(Text(sentence), (0, 0, 0, 2), expand=False)
     if grammar.symbols:
-        tree = grammar.trees(corpus.sample(0, 1, trees=True), 0)[0]
-        yield _heading(f"the first tree{_cut_note(tree)}")
-        yield Padding(_drawn(tree), (0, 0, 0, 2), expand=False)
+        yield from _first_tree(corpus)
     yield _heading(f"the {min(_N_FREQUENT, grammar.vocab_size)} most frequent tokens")
     yield _frequencies(corpus, tokens)
     yield _heading("loss of the ideal predictor (nats per token)")
@@ -76,6 +75,17 @@ def _written(corpus: Corpus, tokens: np.ndarray) -> str:
     return words if len(tokens) <= _SENTENCE_TOKENS else f"{words} ... ({len(tokens)} tokens)"
 
 
+def _first_tree(corpus: Corpus) -> Iterator[RenderableType]:
+    try:
+        tree = corpus.grammar.trees(corpus.sample(0, 1, trees=True), 0)[0]
+    except ValueError as error:  # too deep to be kept
+        yield _heading("the first tree")
+        yield Padding(Text(str(error)), (0, 0, 0, 2), expand=False)
+        return
+    yield _heading(f"the first tree{_cut_note(tree)}")
+    yield Padding(_drawn(tree), (0, 0, 0, 2), expand=False)
+
+
 def _cut_note(tree: Tree) -> str:
     n = len(tree.tokens)
     return f", about the first {_TREE_TOKENS} of its {n} tokens" if n > _TREE_TOKENS else ""
@@ -83,23 +93,23 @@ def _cut_note(tree: Tree) -> str:
 
 def _drawn(tree: Tree) -> RichTree:
     budget = _TREE_TOKENS
-
-    def add(branch: RichTree, node: Tree) -> None:
-        nonlocal budget
-        for child in node.children:
-            if budget <= 0:
-                return
-            if isinstance(child, str):
-                branch.add(Text(child, style="green"))
-                budget -= 1
-            elif all(isinstance(part, str) for part in child.children):
-                branch.add(Text(child.symbol + " ").append(" ".join(child.tokens), style="green"))
-                budget -= len(child.tokens)
-            else:
-                add(branch.add(Text(child.symbol)), child)
-
     root = RichTree(Text(tree.symbol))
-    add(root, tree)
+    todo: list[tuple[RichTree, Tree | str, int]] = [(root, child, 1) for child in reversed(tree.children)]
+    while todo and budget > 0:
+        branch, child, level = todo.pop()
+        if isinstance(child, str):
+            branch.add(Text(child, style="green"))
+            budget -= 1
+        elif all(isinstance(part, str) for part in child.children):
+            branch.add(Text(child.symbol + " ").append(" ".join(child.tokens), style="green"))
+            budget -= len(child.tokens)
+        elif level == _TREE_LEVELS:
+            tokens = child.tokens
+            branch.add(Text(child.symbol + " ").append(" ".join(tokens[:budget]), style="green").append(" ..."))
+            budget -= len(tokens)
+        else:
+            below = branch.add(Text(child.symbol))
+            todo += [(below, part, level + 1) for part in reversed(child.children)]
     return root
 
 

@@ -209,7 +209,8 @@ def _check_ends(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> 
                 (rule for rule in rules if rule.lhs in inside),
                 key=lambda rule: rule.probability * sum(x in inside for x in rule.rhs),
             )
+            among = ", ".join(sorted(inside)[:_MOST_SHOWN])
             raise ValueError(
-                f"the recursion of {', '.join(sorted(inside)[:_MOST_SHOWN])} does not end: one expansion yields {radius:.4g} of these "
+                f"the recursion of {among} does not end: one expansion yields {radius:.4g} of these "
                 f"symbols on average (spectral radius), and it must be below 1; lower the probability of {rule}"
             )

@@ -24,10 +24,12 @@ def compiled(function: Function) -> Function:
     cache. Where there is none (a read-only installation without a home), or what is there cannot be read or written, it
     is compiled again.
     """
+    dispatcher: Any
     try:
-        dispatcher: Any = numba.njit(nogil=True, cache=True)(function)
+        dispatcher = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # no place
-        return numba.njit(nogil=True)(function)
+        dispatcher = numba.njit(nogil=True)(function)
+        return dispatcher
     kept = dispatcher._cache
     kept.load_overload, kept.save_overload = _optional(kept.load_overload), _optional(kept.save_overload)
     return dispatcher
@@ -37,7 +39,7 @@ def _optional(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         try:
             return method(*arguments)
-        except Exception:  # a full disk, or a file that a power cut left half written: unpickling it raises anything
+        except Exception:  # noqa: BLE001  # a full disk; or a file that a cut left half written, which raises anything
             return None
 
     return call

@@ -182,11 +182,12 @@ def _resume(folder: Path, record: dict[str, Any]) -> dict[str, str]:
             there = read_json(read_text(path, most_bytes=_MOST_MANIFEST_BYTES), path.name)
         except ValueError:
             there = record | {"versions": None}  # unreadable: it is written again, and no block of it is believed
-        if not isinstance(there, dict) or not isinstance(there.get("corpus"), dict):
+        corpus = there.get("corpus") if isinstance(there, dict) else None
+        if not isinstance(corpus, dict):
             raise CorpusError(
                 f"{path} is no record of a save of this version; empty {folder}, or choose another folder"
             )
-        _check_same(folder, there["corpus"], record["corpus"])
+        _check_same(folder, corpus, record["corpus"])
         if there == record:
             return _read_hashes(folder / _WRITTEN)
     elif any(folder.glob("block-*.bin")):

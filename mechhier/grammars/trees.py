@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mechhier.specs import shown
+
 
 @dataclass
 class Tree:
@@ -24,6 +26,12 @@ class Tree:
 
     symbol: str
     children: list[Tree | str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.symbol, str):
+            raise ValueError(f"the symbol of a tree is text, got {shown(self.symbol)}")
+        if not isinstance(self.children, list) or not all(isinstance(part, Tree | str) for part in self.children):
+            raise ValueError(f"the children of a tree are a list of trees and tokens, got {shown(self.children)}")
 
     # Without recursion: a derivation may be deeper than Python's stack.
 

@@ -274,7 +274,7 @@ def test_two_saves_into_one_folder_do_not_meet(tmp_path, saved, monkeypatch):
     def meeting(self, i):
         if not seen:
             seen.append(i)
-            with pytest.raises(CorpusError, match="another process is saving a corpus into .*corpus; wait for it"):
+            with pytest.raises(CorpusError, match="another process is saving a corpus into "):
                 CORPUS.save(folder)
         return make(self, i)
 
@@ -303,17 +303,17 @@ def test_a_save_whose_disk_fails_names_the_file_and_goes_on(tmp_path, saved, mon
         "open": (os, "open"),
         "write": (Path, "write_bytes"),
     }[call]
+    messages: list[str] = []
     for failed in range(1, 40):
         left[0] = failed
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing)
             try:
                 CORPUS.save(folder)
-            except OSError as error:
-                assert str(folder) in str(error), error
-                assert "\n" not in str(error)
-            else:
                 break
+            except OSError as error:
+                messages.append(str(error))
+    assert all(str(folder) in message and "\n" not in message for message in messages), messages
     assert failed > 2
     assert left[0] > 0
     assert contents(folder) == contents(saved)
