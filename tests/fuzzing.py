@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,30 @@ def _corpus(data: bytes, folder: Path) -> None:
 
 def _grammar(described: Any, folder: Path) -> None:
     _use(Corpus.from_description({"grammar": described, "tokens": 5000, "context": 50}))
+
+
+def _notation(data: bytes, folder: Path) -> None:
+    grammar = PCFG.from_string(data.decode("utf-8", errors="surrogateescape"))
+    assert PCFG.from_string(grammar.to_string()) == grammar
+    assert np.isfinite(grammar.unigram).all()
+    tokens = grammar.generate(1, 8, np.random.default_rng(0)).tokens
+    grammar.state_probabilities(tokens)
+    string = tokens[0, tokens[0] != grammar.eos_token_id]
+    grammar.log_probability(string)
+    if len(string):
+        grammar.most_probable_tree(string)
+
+
+def _unfinished(name: str, data: bytes, folder: Path) -> None:
+    corpus = folder / "corpus"
+    shutil.rmtree(corpus, ignore_errors=True)
+    _SAVED.save(corpus)
+    (corpus / "manifest.json").unlink()
+    (corpus / "unfinished.json").write_text(
+        json.dumps({"corpus": _SAVED.description, "versions": {}}), encoding="utf-8"
+    )
+    _write(data, corpus, name)
+    assert _SAVED.save(corpus).sha256() == _SAVED.sha256()
 
 
 def _run_manifest(data: bytes, folder: Path) -> None:
@@ -277,8 +303,12 @@ KINDS: dict[str, Kind] = {
     ),
     "grammars": Kind(GRAMMARS, _grammar),
     "rules in NLTK's notation": Kind(
-        [PCFG.from_string("S -> 'a' S 'b' [0.4] | A [0.6]\nA -> 'a' [0.5] | [0.5]").to_string().encode()],
-        lambda data, folder: PCFG.from_string(data.decode("utf-8", errors="surrogateescape")),
+        [
+            b"%start S\nS -> 'a' S 'b' [0.4] | A [0.6]\nA -> 'a' [0.5] | [0.5]",
+            b"# terminals: 'b' 'a'\nS -> 'a' S 'b' [0.333333] | 'b' [0.333333] | A A [0.333333]\nA -> 'a' [0.9] | [0.1]",
+            b"Grammar with 3 productions (start state = S)\n    S -> A A [1.0]\n    A -> 'a' [0.25]\n    A -> 'b' [0.75]",
+        ],
+        _notation,
     ),
     "published rule tables": Kind(
         [{"all": [[{"id": 1, "children": [[0, 1], [1]]}], [{"id": 2}, {"id": 3}]]}],
@@ -306,6 +336,13 @@ KINDS: dict[str, Kind] = {
     ),
     "word lists": Kind([PAIRS], lambda data, folder: read_pairs(_write(data, folder, "pairs.json")), _json),
     "manifests of runs": Kind([MANIFEST], _run_manifest, _json),
+    "records of unfinished corpora": Kind(
+        [{"corpus": _SAVED.description, "versions": {"numpy": "2"}}], partial(_unfinished, "unfinished.json"), _json
+    ),
+    "hashes of unfinished corpora": Kind(
+        [b"0" * 64 + b"  block-00000.bin\n" + b"1" * 64 + b"  block-00001.bin\n"],
+        partial(_unfinished, "unfinished.sha256"),
+    ),
     "manifests of corpora": Kind([CORPUS_MANIFEST], _corpus_manifest, _json),
 }
 

@@ -363,7 +363,7 @@ def check_sample(sample: object, *labels: str) -> Sample:
         SpecError: It is not.
     """
     if not isinstance(sample, Sample):
-        raise SpecError(f"must be the Sample that generate() or Corpus.sample() return, got {shown(sample)}")
+        raise SpecError(f"sample must be the Sample that generate() or Corpus.sample() return, got {shown(sample)}")
     if missing := [name for name in labels if name not in sample.labels]:
         raise SpecError(f"the sample has no label {missing[0]!r}; generate() and Corpus.sample() return it")
     return sample

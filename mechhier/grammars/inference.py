@@ -165,7 +165,7 @@ class Predictor:
         several = [rule for rule in rules if len(rule[1]) > 1]
         items = [(lhs, rhs, dot) for lhs, rhs, _ in several for dot in range(1, len(rhs))]
         states = [(lhs, rhs, dot) for lhs, rhs, _ in rules for dot in range(len(rhs))]
-        number = {state: i for i, state in enumerate(states)}
+        first_state = np.cumsum([0] + [len(rhs) for _, rhs, _ in rules])[:-1].tolist()
         integers = np.int64
         lhs_of = np.array([lhs for lhs, _, _ in several], dtype=integers)
         first_symbol = np.array([rhs[0] for _, rhs, _ in several], dtype=integers)
@@ -185,12 +185,15 @@ class Predictor:
             item_last=np.array([dot + 1 == len(rhs) for _, rhs, dot in items], dtype=np.bool_),
         )
         begun = (
-            np.array([number[lhs, rhs, 0] for lhs, rhs, _ in rules], dtype=integers),
+            np.array(first_state, dtype=integers),
             np.array([lhs for lhs, _, _ in rules], dtype=integers),
             np.array([rhs[0] for _, rhs, _ in rules], dtype=integers),
             np.array([p for _, _, p in rules], dtype=np.float64),
         )
-        state_of_item = np.array([number[item] for item in items], dtype=integers)
+        state_of_item = np.array(
+            [first + dot for first, (_, rhs, _) in zip(first_state, rules, strict=True) for dot in range(1, len(rhs))],
+            dtype=integers,
+        )
         return cls(tables, float(empty[0]), states, state_of_item, begun)
 
     def predict(self, tokens: Int[np.ndarray, " position"], *, states: bool = False) -> Prediction:
