@@ -14,4 +14,5 @@ def test_mutated_input_is_accepted_or_refused_cleanly_and_soon(kind):
     ends, faults = fuzz(kind, CASES, seconds=SECONDS)
     assert not faults, "\n".join(f"{what}\n    {str(case)[:500]!r}" for case, what in faults[:5])
     assert sum(ends.values()) == CASES
-    assert ends["accepted"] < CASES / 2, "the mutations change nothing"
+    # What an interrupted save left damaged is made again.
+    assert ends["accepted"] < CASES / 2 or "unfinished" in kind, "the mutations change nothing"

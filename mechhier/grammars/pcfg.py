@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 MOST_LENGTH = 10_000
 """Longest string whose probability is computed for `lengths`: the time grows with its square."""
+MOST_STRING = 2**24
+"""Most tokens of a string: one that is as simple as can be takes a gigabyte."""
 _MOST_TABLE_BYTES = 2**26
 _MOST_PRODUCTS = 10**9  # of such a computation, half of them made
 _LEAST_ACCEPTED_MASS = 1e-3  # of strings whose length is accepted: rejection draws 1 / mass strings for one
@@ -477,12 +479,13 @@ class PCFG(Grammar):
     ) -> Float[np.ndarray, "row position width"]:
         """Return one field of the :class:`Prediction` of every string at every place."""
         self._refuse_lengths()
-        tokens = check_tokens(tokens, self.vocab_size)
+        tokens = as_ids(tokens)
         if 8 * tokens.size * width > derivation.MOST_CHART_BYTES:
             raise SpecError(
                 f"{width:,} probabilities for each of {tokens.size:,} tokens take {tokens.size * width / 2**27:,.1f} GiB; give "
                 "fewer rows at a time"
             )
+        tokens = check_tokens(tokens, self.vocab_size)
         result = np.zeros((*tokens.shape, width))
         for row, start, stop, ended in self._strings(tokens):
             prediction = self._predict(tokens, row, start, stop, ended, states=field == "states")
@@ -551,6 +554,10 @@ class PCFG(Grammar):
         tokens = as_ids(tokens)
         if tokens.ndim != 1:
             raise SpecError(f"a string has one dimension; tokens has shape {tokens.shape}")
+        if len(tokens) > MOST_STRING:
+            raise SpecError(
+                f"a string of {len(tokens):,} tokens; at most {MOST_STRING:,} are read: give a shorter string"
+            )
         return check_tokens(tokens[None], self.eos_token_id)[0]
 
     def _refuse_lengths(self) -> None:

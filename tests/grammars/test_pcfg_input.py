@@ -21,7 +21,7 @@ def test_the_six_digits_that_nltk_writes_are_accepted_and_normalised():
     assert math.exp(grammar.log_probability(np.array([0]))) == pytest.approx(1 / 3, abs=1e-12)
     assert grammar.length_probabilities(200).sum() == pytest.approx(1, abs=1e-12)
     assert "[0.333333]" in grammar.to_string()
-    with pytest.raises(ValueError, match="sum to 0.9998, not 1"):
+    with pytest.raises(ValueError, match=r"sum to 0\.9998, not 1"):
         PCFG.from_string("S -> 'a' [.9998]")
 
 
@@ -53,7 +53,7 @@ ODD = [
     "it's",
     "S",
     "\u00df",
-    "# terminals:",
+    "#terminals:",
     "x'y",
     ".",
     ":",
@@ -147,7 +147,7 @@ def chain(n, rule):
         ),
         (lambda: LONG.log_probability(np.array([0])), "at most 4,000"),
         (lambda: SUMS.most_probable_tree(np.zeros(40_000, dtype=int)), "GiB.*shorter string"),
-        (lambda: SUMS.log_probability(np.zeros(10**8, dtype=np.uint8)), "GiB.*shorter string"),
+        (lambda: SUMS.log_probability(np.zeros(10**8, dtype=np.uint8)), "shorter string"),
         (lambda: SUMS.next_token_probabilities(np.zeros((10**5, 5000), dtype=np.uint8)), "fewer rows"),
         (lambda: SUMS.length_probabilities(10**6), "at most 10,000"),
         (lambda: SUMS.generate(10**9, 1000, np.random.default_rng(0)), "too many"),
@@ -179,7 +179,7 @@ LONG = PCFG.from_string(
 def test_grammars_close_to_critical_take_no_longer(text):
     with limit(5):
         grammar = PCFG.from_string(text)
-        grammar.next_token_probabilities(np.zeros((1, 50), dtype=int))
+        grammar.next_token_probabilities(grammar.generate(1, 50, np.random.default_rng(0)).tokens)
         grammar.length_probabilities(2000)
         assert grammar.model_copy(update={"lengths": (1, 500)}).unigram.sum() == pytest.approx(1)
 
