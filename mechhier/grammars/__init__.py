@@ -6,8 +6,8 @@ Where things are:
 - documents: ``document``, its ``clauses``, ``document_generator``, ``document_predictor``, ``lexicon_inference`` (fresh
   lexicons), ``matched`` (the arms side by side);
 - n-grams: ``ngram`` (the paper's), ``fitted_ngram`` (of a corpus);
-- context-free grammars: ``pcfg``, its ``rules``, ``notation``, ``derivation``, ``lengths``, ``inference``, ``parsing``,
-  ``families``;
+- context-free grammars: ``pcfg``, its ``rules``, ``notation``, ``derivation``, ``empty``, ``lengths``, ``inference``,
+  ``parsing``, ``families``;
 - corpora: ``corpus``, ``storage``, ``dealing`` (of documents to splits), ``floor``, ``statistics``, ``preview``.
 """
 

@@ -184,6 +184,15 @@ def test_grammars_close_to_critical_take_no_longer(text):
         assert grammar.model_copy(update={"lengths": (1, 500)}).unigram.sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("text", ["S -> 'a' S [0.999] | 'a' [0.001]", "S -> S A [0.999] | 'a' [0.001]\nA -> 'a' [1.0]"])
+def test_a_long_string_with_one_derivation_is_read_soon(text):
+    grammar = PCFG.from_string(text)
+    with limit(10):
+        assert grammar.log_probability(np.zeros(4000, dtype=int)) == pytest.approx(
+            3999 * math.log(0.999) + math.log(0.001)
+        )
+
+
 def test_equal_symbols_that_can_be_empty_are_no_burden():
     grammar = PCFG.from_string(f"S -> {'A ' * 60} [1.0]\nA -> 'a' [0.5] | [0.5]")
     expected = math.comb(60, 20) / 2**60
