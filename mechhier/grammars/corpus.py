@@ -6,6 +6,7 @@ streamed or stored with the same tokens, and a longer corpus begins with the row
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -254,8 +255,13 @@ class Corpus:
         return self._blocks[i]
 
     def _map_block(self, path: Path, i: int) -> np.ndarray:
-        shape = (self._rows_of_block(i), self.context)
-        return np.memmap(path / storage.block_name(i), dtype=self.dtype, mode="r", shape=shape)
+        file, shape = path / storage.block_name(i), (self._rows_of_block(i), self.context)
+        # Checked again: what is cut after it was opened would end the process when it is read.
+        if not file.is_file() or file.stat().st_size != math.prod(shape) * self.dtype.itemsize:
+            raise storage.CorpusError(
+                f"{file} is missing or was cut since the corpus was opened; Corpus.repair({str(path)!r}) generates it again"
+            )
+        return np.memmap(file, dtype=self.dtype, mode="r", shape=shape)
 
     def _make_block(self, i: int) -> np.ndarray:
         return self._draw_block(i)[0][: self._rows_of_block(i)].astype(self.dtype)
@@ -383,20 +389,28 @@ class Corpus:
     def save(self, path: str | os.PathLike[str], *, workers: int = 1) -> Corpus:
         """Store the corpus and return it, memory-mapped.
 
-        Every block is written to a temporary name and renamed; the manifest comes last. An interrupted save goes on
-        when it is called again; a finished one is verified and opened. The bytes do not depend on ``workers``.
+        Every block is written whole and its hash is recorded; the manifest comes last. An interrupted save goes on when
+        it is called again, with the blocks that are as they were written; a finished one is verified and opened. The
+        bytes do not depend on ``workers``.
 
         Args:
             path: Folder; made if absent.
             workers: Number of threads; two nearly double the speed.
 
         Raises:
-            CorpusError: The folder holds another corpus, or files that no record explains, or a damaged block.
+            CorpusError: The folder holds another corpus, or files that no record explains, or a damaged block; or another
+                process is saving into it.
+            ValueError: There are more than 400,000 blocks (about 10^11 tokens).
+            OSError: A file cannot be written (the disk is full); the message names it, and the same call goes on.
         """
-        folder = Path(path)
+        folder = storage.absolute(path)
         workers = whole("workers", workers, least=1, most=1_000)
-        sizes = [self._rows_of_block(i) * self.context * self.dtype.itemsize for i in range(self.n_blocks)]
-        storage.save_blocks(folder, self.description, self._make_block, sizes, dtype=self.dtype.name, workers=workers)
+        if self.n_blocks > storage.MOST_BLOCKS:
+            most = storage.MOST_BLOCKS * self.rows_per_block * self.context
+            raise ValueError(f"{self.n_tokens:,} tokens are too many to be stored; at most {most:,} are")
+        storage.save_blocks(
+            folder, self.description, self._make_block, self._block_bytes(), dtype=self.dtype.name, workers=workers
+        )
         return replace(self, path=folder)
 
     def to_dataset(self) -> datasets.Dataset:
@@ -421,10 +435,11 @@ class Corpus:
             CorpusError: There is no finished corpus, or a block is missing, truncated or damaged; the message names it
                 and says what to do.
         """
-        folder = Path(path)
+        folder = storage.absolute(path)
         manifest = storage.read_manifest(folder)
+        corpus = cls._of_manifest(folder, manifest)
         storage.verify_blocks(folder, manifest)
-        return cls._of_manifest(folder, manifest)
+        return corpus
 
     @classmethod
     def repair(cls, path: str | os.PathLike[str]) -> Corpus:
@@ -434,7 +449,7 @@ class Corpus:
             CorpusError: There is no finished corpus, or a block generated again has another hash than the manifest's
                 (another version of numpy or mechhier).
         """
-        folder = Path(path)
+        folder = storage.absolute(path)
         manifest = storage.read_manifest(folder)
         corpus = cls._of_manifest(folder, manifest)
         storage.repair_blocks(folder, manifest, corpus._make_block)
@@ -444,9 +459,33 @@ class Corpus:
     def _of_manifest(cls, folder: Path, manifest: storage.Manifest) -> Corpus:
         try:
             corpus = cls.from_description(manifest.corpus)
-        except (TypeError, KeyError, ValueError) as error:
+        except ValueError as error:
             raise storage.CorpusError(f"{folder / storage.MANIFEST} does not describe a corpus: {error}") from error
+        stated = [(entry.file, entry.bytes) for entry in manifest.blocks]
+        fits = len(stated) == corpus.n_blocks and manifest.dtype == corpus.dtype.name
+        if not fits or stated != [(storage.block_name(i), n) for i, n in enumerate(corpus._block_bytes())]:
+            raise storage.CorpusError(
+                f"{folder / storage.MANIFEST} is damaged: a corpus of {corpus.n_tokens} tokens has {corpus.n_blocks} blocks "
+                f"of {corpus.dtype.name}, and it lists others; delete {folder} and save the corpus again"
+            )
         return replace(corpus, path=folder)
+
+    def _block_bytes(self) -> list[int]:
+        return [self._rows_of_block(i) * self.context * self.dtype.itemsize for i in range(self.n_blocks)]
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of all of the text: the tokens in order, of :attr:`dtype`, as stored blocks hold them.
+
+        Equal for the streamed corpus and the stored one. Cost: all of the text is generated, or read.
+
+        Raises:
+            CorpusError: A stored block is missing, or its size is not that of its rows.
+        """
+        digest = hashlib.sha256()
+        for i in range(self.n_blocks):
+            block = self._make_block(i) if self.path is None else self._map_block(self.path, i)
+            digest.update(block.tobytes())
+        return digest.hexdigest()
 
 
 def _examples(corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:
