@@ -81,7 +81,7 @@ def test_text_and_json_give_the_same_grammar_back(grammar):
         ("S => 'a' [1.0]", "line 1"),
         ("S -> 'a'", "ends with its probability"),
         ("S -> 'a' [0.5] 'b' [0.5]", "write | between"),
-        ("S -> 'a' [x]", r"\[x\] is not a probability"),
+        ("S -> 'a' [x]", r"\[x\]' is not a probability"),
         ("S -> 'a [1.0]", "not understood"),
     ],
 )
