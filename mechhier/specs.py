@@ -88,7 +88,7 @@ def _whole(value: Any) -> int:
         if isinstance(value, numbers.Integral):
             return int(number)
         if math.isfinite(value) and value == math.floor(value):
-            return math.floor(value)
+            return math.floor(number)
     raise PydanticCustomError("field", "must be a whole number")
 
 

@@ -83,7 +83,7 @@ class DocumentGrammar(Grammar):
     n_sentences: Sentences = 2
     max_clauses: Sentences = 3
     p_chain: Probability = 0.5
-    lexicon: Literal["fixed", "per_document"] | Annotated[Whole, Field(ge=2, le=MOST_WORDS)] = "per_document"
+    lexicon: Literal["fixed", "per_document"] | Annotated[Whole, Field(ge=2, le=100_000)] = "per_document"
     repetitions: Words = 1
     binding: Probability = 0.0
     hierarchical: Flag = True

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from mechhier.files import write_whole
-from mechhier.grammars import Corpus, CorpusSpec, Grammar
+from mechhier.grammars import Corpus, Grammar
 from mechhier.models.spec import MOST_STEPS, ModelSpec, TrainSpec, checkpoint_steps
 from mechhier.reading import read_json, read_text
 from mechhier.specs import Described, Flag, Size, Text
@@ -76,7 +76,7 @@ class Manifest(Described):
     @field_validator("corpus")
     @classmethod
     def _check_corpus(cls, corpus: dict[str, Any]) -> dict[str, Any]:
-        CorpusSpec.model_validate(corpus)
+        Corpus.from_description(corpus)
         return corpus
 
     @property
