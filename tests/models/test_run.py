@@ -63,8 +63,8 @@ def test_a_whole_run_passes_its_check_and_every_damage_is_listed(reference, tmp_
     with pytest.raises(RunError) as error:
         run.check()
     assert "no checkpoints of steps [7]" in str(error.value)
-    assert "weights of step 12 are not" in str(error.value)
-    assert "no lines of steps [12]" in str(error.value)
+    assert "step-000012/model.safetensors is not there as it was written" in str(error.value)
+    assert "log.jsonl is not there as it was written" in str(error.value)
     assert "other text" not in str(error.value)
 
 
