@@ -7,7 +7,6 @@ of a name the last line counts; a line that a cut has left in half counts for no
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,11 +64,18 @@ def changed(folder: Path, hashes: Mapping[str, str]) -> list[str]:
     return [name for name, digest in hashes.items() if not _is(folder / name, digest)]
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a folder has a list, every file that is in it is on the list, and is as it was written."""
-    hashes = read(folder / LIST)
-    there = {os.path.relpath(path, folder) for path in folder.rglob("*") if path.is_file() and path.name != LIST}
-    return bool(hashes) and there == set(hashes) and not changed(folder, hashes)
+def is_as_written(folder: Path, written: Mapping[str, str], *, inside: Path | None = None) -> bool:
+    """Whether a folder has the files that were written, as they were written, and no others; at least one.
+
+    Args:
+        folder: The folder.
+        written: Hashes by name.
+        inside: What the names are relative to; the folder itself if None.
+    """
+    try:
+        return bool(written) and of_folder(folder, inside=inside) == written
+    except OSError:
+        return False
 
 
 def _is(path: Path, digest: str) -> bool:

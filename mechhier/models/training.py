@@ -570,11 +570,11 @@ class _Session(TrainerCallback):
         processes().wait_for_everyone()  # all have looked
         if self.main:
             _remove_states(self.out, but=step)
-            kept = [kept for kept in kept_steps(self.out) if step is not None and kept <= step]
+            kept = [each for each in kept_steps(self.out) if step is not None and each <= step]
             for later in set(kept_steps(self.out)) - set(kept):
                 shutil.rmtree(checkpoint_folder(self.out, later))
-            inside = (f"{FLOOR}", *(f"{self._name(kept)}/" for kept in kept))
-            self.written = {name: digest for name, digest in written.items() if name.startswith(inside)}
+            inside = tuple(f"{self._name(each)}/" for each in kept)
+            self.written = {n: digest for n, digest in written.items() if n == FLOOR or n.startswith(inside)}
             hashes.write(self.out / hashes.LIST, self.written)
         processes().wait_for_everyone()
         if step is None:
@@ -593,18 +593,19 @@ class _Session(TrainerCallback):
         damaged = []
         for step in self.manifest.checkpoint_steps if states else ():
             files = {name: digest for name, digest in written.items() if name.startswith(f"{self._name(step)}/")}
-            if step <= states[0] and (not files or hashes.changed(self.out, files)):
+            folder = checkpoint_folder(self.out, step)
+            if step <= states[0] and not hashes.is_as_written(folder, files, inside=self.out):
                 damaged.append(step)
-        usable = [
-            step
-            for step in states
-            if step < min(damaged, default=math.inf) and hashes.is_whole(_state_folder(self.out, step))
-        ]
+        usable = [step for step in states if step < min(damaged, default=math.inf) and self._is_as_written(step)]
         if states and (not usable or usable[0] != states[0]):
             what = f"the checkpoint of step {damaged[0]}" if damaged else f"the state of step {states[0]}"
             where = f"the state of step {usable[0]}" if usable else "the beginning"
             announce(f"{self.out}: {what} is not as it was written; going on from {where}")
         return usable[0] if usable else None
+
+    def _is_as_written(self, step: int) -> bool:
+        folder = _state_folder(self.out, step)
+        return hashes.is_as_written(folder, hashes.read(folder / hashes.LIST))
 
     def _name(self, step: int) -> str:
         """What the files of a checkpoint begin with in the list of hashes."""
