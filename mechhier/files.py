@@ -36,22 +36,19 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: It cannot be written; the error names `path`.
     """
     temporary = _temporary(path)
-    try:
-        # Neither a file nor a link that someone put there is written to.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        mode = os.fstat(descriptor).st_mode
-        os.close(descriptor)
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync_names(path.parent)
-    except OSError as error:
-        if error.filename in (None, str(temporary)) and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _errors_name(path, temporary):
+        try:
+            # Neither a file nor a link that someone put there is written to.
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            mode = os.fstat(descriptor).st_mode
+            os.close(descriptor)
+            yield temporary
+            temporary.chmod(mode)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync_names(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -64,25 +61,49 @@ def new_folder(path: Path) -> Iterator[Path]:
         OSError: It cannot be written, or `path` is there already with something in it; the error names a file.
     """
     temporary = _temporary(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        mode = temporary.stat().st_mode & 0o666
-        for parent, _, names in os.walk(temporary, topdown=False):
-            for name in names:
-                (Path(parent) / name).chmod(mode)
-                _sync(Path(parent) / name)
-            _sync_names(Path(parent))
-        temporary.rename(path)
-        _sync_names(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _errors_name(path, temporary):
+        try:
+            temporary.mkdir()
+            yield temporary
+            mode = temporary.stat().st_mode & 0o666
+            for parent, _, names in os.walk(temporary, topdown=False):
+                for name in names:
+                    (Path(parent) / name).chmod(mode)
+                    _sync(Path(parent) / name)
+                _sync_names(Path(parent))
+            temporary.rename(path)
+            _sync_names(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write text (UTF-8) or bytes, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append_durably(path: Path, text: str) -> None:
+    """Add text (UTF-8) to the end of a file, which must be there; it is on the disk when this returns.
+
+    A cut can leave a part of it: a reader must know a whole line from half of one.
+    """
+    content = text.encode()
+    with _errors_name(path, path), path.open("ab", buffering=0) as file:
+        if file.write(content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, if they are absent; their names are on the disk when this returns."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        _sync_names(folder.parent)
 
 
 @contextmanager
@@ -95,7 +116,7 @@ def only_process_in(folder: Path, *, otherwise: Exception) -> Iterator[None]:
         folder: Where to work.
         otherwise: What to raise when another process (or thread) holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -109,8 +130,11 @@ def only_process_in(folder: Path, *, otherwise: Exception) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that killed writers left in a folder; only for the holder of its lock."""
-    for path in folder.iterdir():
+    """Remove the temporary files and folders that killed writers left in a folder; only for the holder of its lock.
+
+    Those in its subfolders stay: others may work there.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
         if is_leftover(path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -125,6 +149,23 @@ def is_leftover(path: Path) -> bool:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
+    """Make the system's errors name the file that was to be written, not its temporary name and not none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        if error.filename is None:
+            named = path
+        elif isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary):
+            named = path / Path(error.filename).relative_to(temporary)
+        else:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(named)) from error
 
 
 def _sync(file: Path) -> None:

@@ -49,7 +49,7 @@ from mechhier.models.revision import (
     parse_revision,
     revision_folders,
 )
-from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
+from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError, check_checkpoint
 from mechhier.models.torch_state import in_default_torch_state
 from mechhier.models.weights import ModelFiles, check_memory, read_headers
 from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
@@ -408,9 +408,11 @@ def _run_of(folder: Path) -> tuple[Path, Manifest] | None:
     if folder.parent.name != CHECKPOINTS or not (path / MANIFEST).is_file():
         return None
     try:
-        return path, Manifest.read(path)
+        manifest = Manifest.read(path)
+        check_checkpoint(path, folder)
     except RunError as error:
-        raise ModelLoadError(f"{folder} belongs to a run whose manifest cannot be read: {error}") from error
+        raise ModelLoadError(f"cannot load folder {folder}, a checkpoint of a run: {error}") from error
+    return path, manifest
 
 
 # From files to a hooked model. All that can be wrong is looked for before the weights are read.

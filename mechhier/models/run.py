@@ -1,11 +1,12 @@
 """A training run on disk: what was trained on what, its checkpoints, its log.
 
 run/
-  manifest.json                     model, training, corpus, versions, hashes, whether training has finished
+  manifest.json                     model, training, corpus, versions, whether training has finished
   log.jsonl                         one line a log point: step, loss, eval_loss, floor, learning_rate
   floor.nc                          the ideal predictor's loss on the held-out rows, by position
   checkpoints/step-000400/          an ordinary Hugging Face model folder: safetensors, config, tokenizer; and
     evaluation.json                 the held-out loss by position
+  files.sha256                      the hash of every file above but the manifest, taken when it was written
   trainer/                          the optimizer's state, for resuming; removed when training has finished
 """
 
@@ -13,13 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import re
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from mechhier import hashes
 from mechhier.files import write_whole
 from mechhier.grammars import Corpus, Grammar
 from mechhier.models.spec import MOST_STEPS, ModelSpec, TrainSpec, checkpoint_steps
@@ -40,6 +45,7 @@ LOG = "log.jsonl"
 FLOOR = "floor.nc"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
+_STEP = re.compile(r"step-(\d{6,})")
 _MOST_MANIFEST_BYTES = 2**26
 
 
@@ -54,14 +60,16 @@ class MissingCheckpointError(RunError, LookupError):
 class Manifest(Described):
     """The contents of `manifest.json`."""
 
-    format: Literal[1, 2] = 2
-    """1: of mechhier 0.4 and before, whose schedules began at a rate of 0."""
+    format: Literal[1, 2, 3] = 3
+    """1: of mechhier 0.4 and before, whose schedules began at a rate of 0; 2: of 0.5, which hashed nothing but weights."""
     model: ModelSpec
     train: TrainSpec
     corpus: dict[Text, Any]
     """The corpus as its `description` says it: grammar, seed, sizes."""
     text_sha256: Text | None = None
     """Hash of the corpus's first block of text: the same description must mean the same text."""
+    all_text_sha256: Text | None = None
+    """Hash of all rows that were trained on, once training has finished."""
     steps: Annotated[Size, Field(le=MOST_STEPS)]
     """Optimizer steps of the whole training."""
     device: Text
@@ -70,8 +78,10 @@ class Manifest(Described):
     arm: Text | None = None
     """The arm of an experiment that was trained; None for a training of its own."""
     finished: Flag = False
+    files_sha256: Text | None = None
+    """Hash of the list of hashes, `files.sha256`, once training has finished."""
     weights_sha256: dict[int, Text] = Field(default_factory=dict)
-    """Hash of each checkpoint's weights, once training has finished."""
+    """Hash of each checkpoint's weights, in formats 1 and 2."""
 
     @field_validator("corpus")
     @classmethod
@@ -103,8 +113,11 @@ class Manifest(Described):
             raise RunError(f"{run} is not a run: there is no {MANIFEST} in it. Make one with train(spec, corpus, out)")
         try:
             return cls.model_validate(read_json(read_text(path, most_bytes=_MOST_MANIFEST_BYTES), path.name))
-        except ValueError as error:
-            raise RunError(f"cannot read {path}: {error}") from error
+        except (ValueError, OSError) as error:
+            raise RunError(
+                f"cannot read {path}: {error}. What to do: copy it from a backup; without it nobody knows what was trained, "
+                "and the folder can only be removed and trained again"
+            ) from error
 
     def write(self, run: Path) -> None:
         """Write the manifest, whole or not at all."""
@@ -134,9 +147,16 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def text_sha256(corpus: Corpus) -> str:
-    """Hash of the corpus's first block of text."""
-    return hashlib.sha256(corpus.rows(0, min(corpus.rows_per_block, corpus.n_rows)).tobytes()).hexdigest()
+def text_sha256(corpus: Corpus, n_rows: int | None = None) -> str:
+    """Hash of a corpus's first rows; of its first block if `n_rows` is None.
+
+    Cost: the rows are made or read once.
+    """
+    n_rows = min(corpus.n_rows, corpus.rows_per_block if n_rows is None else n_rows)
+    digest = hashlib.sha256()
+    for start in range(0, n_rows, corpus.rows_per_block):
+        digest.update(corpus.rows(start, min(start + corpus.rows_per_block, n_rows)).tobytes())
+    return digest.hexdigest()
 
 
 def weights_sha256(checkpoint: Path) -> str:
@@ -152,6 +172,30 @@ def weights_sha256(checkpoint: Path) -> str:
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step is kept."""
     return run / CHECKPOINTS / f"step-{step:06d}"
+
+
+def kept_steps(run: Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder, ascending; what is named otherwise is not looked at."""
+    folder = run / CHECKPOINTS
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    return sorted(int(found[1]) for entry in entries if (found := _STEP.fullmatch(entry.name)) and entry.is_dir())
+
+
+def check_checkpoint(run: Path, folder: Path) -> None:
+    """Compare the files of a run's checkpoint with their hashes when they were written; a run of format 1 or 2 has none.
+
+    Cost: reads them once.
+
+    Raises:
+        RunError: A file is absent or has changed.
+    """
+    inside = f"{folder.relative_to(run).as_posix()}/"
+    of_folder = {name: digest for name, digest in hashes.read(run / hashes.LIST).items() if name.startswith(inside)}
+    if changed := hashes.changed(run, of_folder):
+        raise RunError(
+            f"{folder} is damaged: {', '.join(name.removeprefix(inside) for name in changed)} are not there as they were "
+            "written. What to do: copy them from a backup, or train again in another folder"
+        )
 
 
 class Run:
@@ -173,7 +217,7 @@ class Run:
         Raises:
             RunError: The folder is no run, or its training has not finished.
         """
-        path = Path(path)
+        path = Path(path).expanduser().absolute()
         manifest = Manifest.read(path)
         if not manifest.finished:
             raise RunError(
@@ -211,8 +255,7 @@ class Run:
     @property
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending; 0 is the untrained model."""
-        folders = (self.path / CHECKPOINTS).glob("step-*")
-        return sorted(int(folder.name.removeprefix("step-")) for folder in folders)
+        return kept_steps(self.path)
 
     @property
     def log(self) -> pd.DataFrame:
@@ -222,10 +265,16 @@ class Run:
         `eval_loss` is the mean over the held-out rows and `floor` the ideal predictor's loss on the same rows (NaN
         where only bounds of it are known: see `evaluation`); all in nats per predicted token. NaN where a line has no
         such value.
+
+        Raises:
+            RunError: It is absent or damaged.
         """
         import pandas as pd
 
-        lines = [json.loads(line) for line in (self.path / LOG).read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [json.loads(line) for line in self._content(LOG).decode().splitlines()]
+        except ValueError as error:
+            raise self._damaged(LOG, error) from error
         log = pd.DataFrame(lines, columns=["step", "loss", "eval_loss", "floor", "learning_rate"]).astype("float64")
         log["step"] = log["step"].astype("int64")
         log.insert(1, "tokens", log["step"] * self.train_spec.batch_size * self.manifest.corpus["context"])
@@ -236,14 +285,17 @@ class Run:
         """The ideal predictor's loss on the held-out rows, as `Corpus.floor` returns it.
 
         Raises:
-            RunError: There is none: the rows are packed, or the run is of mechhier 0.2 or before.
+            RunError: There is none: the rows are packed, or the run is of mechhier 0.2 or before; or it is damaged.
         """
         from mechhier import results
 
+        if self.manifest.corpus["packed"]:
+            raise RunError(f"{self.path} has no floor: its rows are packed, so that they begin inside documents")
+        self._content(FLOOR)
         try:
             return results.load(self.path / FLOOR)
-        except (FileNotFoundError, ValueError) as error:
-            raise RunError(f"{self.path} has no floor; packed rows have none: {error}") from error
+        except ValueError as error:
+            raise self._damaged(FLOOR, error) from error
 
     @property
     def evaluation(self) -> xr.Dataset:
@@ -255,17 +307,18 @@ class Run:
             the same rows, but for packed rows, which have no floor.
 
         Raises:
-            RunError: A checkpoint has no evaluation (runs of mechhier 0.2 and before have none).
+            RunError: A checkpoint has no evaluation (runs of mechhier 0.2 and before have none), or a damaged one.
         """
         import numpy as np
         import xarray as xr
 
-        try:
-            parts = [
-                json.loads((self.checkpoint(step) / EVALUATION).read_text(encoding="utf-8")) for step in self.steps
-            ]
-        except (OSError, json.JSONDecodeError) as error:
-            raise RunError(f"{self.path} has a checkpoint without its {EVALUATION}: {error}") from error
+        steps, parts = self.steps, []
+        for step in steps:
+            name = f"{checkpoint_folder(self.path, step).relative_to(self.path).as_posix()}/{EVALUATION}"
+            try:
+                parts.append(json.loads(self._content(name)))
+            except ValueError as error:
+                raise self._damaged(name, error) from error
         loss, half = (np.array([part[name] for part in parts]) for name in ("loss", "loss_error"))
         half *= 1.96
         long_name = "held-out loss"
@@ -279,7 +332,7 @@ class Run:
                 )
             },
             coords={
-                "step": ("step", self.steps, {"long_name": "training step", "units": "optimizer steps"}),
+                "step": ("step", steps, {"long_name": "training step", "units": "optimizer steps"}),
                 "position": ("position", np.arange(1, loss.shape[1] + 1), {"long_name": "position in the row"}),
             },
         )
@@ -335,9 +388,11 @@ class Run:
         return load_model(self.checkpoint(step), as_=as_, device=device, dtype=dtype)
 
     def check(self) -> None:
-        """Compare what is on disk with the manifest: every checkpoint, its hash, the log, and the text's hash.
+        """Compare all that is on disk with the hashes that were taken when it was written, and the text with its own.
 
-        Cost: reads all checkpoints once, and makes one block of text.
+        `sha256sum --check files.sha256` in the run's folder does the same for the files.
+
+        Cost: reads all files once, and makes all of the text that was trained on (a run of format 1 or 2: its first block).
 
         Raises:
             RunError: Something is missing or has changed; the message lists all of it.
@@ -345,17 +400,56 @@ class Run:
         manifest, wrong = self.manifest, []
         if missing := sorted(set(manifest.checkpoint_steps) - set(self.steps)):
             wrong.append(f"there are no checkpoints of steps {missing}")
-        for step in self.steps:
-            if weights_sha256(checkpoint_folder(self.path, step)) != manifest.weights_sha256.get(step):
-                wrong.append(f"the weights of step {step} are not those that were trained")
+        if manifest.format < 3:
+            for step in self.steps:
+                if weights_sha256(checkpoint_folder(self.path, step)) != manifest.weights_sha256.get(step):
+                    wrong.append(f"the weights of step {step} are not those that were trained")
+        else:
+            gone = tuple(f"{checkpoint_folder(Path(), step).as_posix()}/" for step in missing)
+            listed = {name: digest for name, digest in self._hashes.items() if not name.startswith(gone)}
+            wrong += [f"{name} is not there as it was written" for name in hashes.changed(self.path, listed)]
+            if not self._list_is_whole():
+                wrong.append(f"{hashes.LIST} is not the list that was written")
         try:
             logged = set(self.log["step"])
-        except (OSError, ValueError) as error:
-            wrong.append(f"{LOG} cannot be read: {error}")
+        except RunError as error:
+            wrong.append(str(error))
         else:
             if unlogged := sorted(set(manifest.checkpoint_steps) - logged):
                 wrong.append(f"{LOG} has no lines of steps {unlogged}")
-        if text_sha256(self.corpus) != manifest.text_sha256:
+        if manifest.all_text_sha256 is None:
+            same_text = text_sha256(self.corpus) == manifest.text_sha256
+        else:
+            n_rows = manifest.steps * manifest.train.batch_size
+            same_text = text_sha256(self.corpus, n_rows) == manifest.all_text_sha256
+        if not same_text:
             wrong.append("the grammar makes other text than the model was trained on, with this version of mechhier")
         if wrong:
             raise RunError(f"{self.path} is damaged:\n  " + "\n  ".join(wrong))
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return hashes.read(self.path / hashes.LIST)
+
+    def _list_is_whole(self) -> bool:
+        return not hashes.changed(self.path, {hashes.LIST: self.manifest.files_sha256 or ""})
+
+    def _content(self, name: str) -> bytes:
+        """A small file of the run, if it is as it was written.
+
+        Raises:
+            RunError: It is absent or has changed.
+        """
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as error:
+            raise self._damaged(name, error) from error
+        if self._hashes.get(name, (digest := hashlib.sha256(content).hexdigest())) != digest:
+            raise self._damaged(name, "it is not what was written")
+        return content
+
+    def _damaged(self, name: str, why: object) -> RunError:
+        return RunError(
+            f"{self.path / name} is absent or damaged: {why}. What to do: copy it from a backup, or train again in another "
+            "folder; the rest of the run is not touched by it (Run.check() lists all that is)"
+        )

@@ -7,6 +7,8 @@ ends in bitwise the same weights as an uninterrupted one, with the same number o
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import random
@@ -14,16 +16,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from jaxtyping import Float, Int
 from rich.filesize import decimal
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -38,8 +41,16 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from mechhier import results
-from mechhier.files import LOCK, is_leftover, new_folder, only_process_in, write_whole
+from mechhier import hashes, results
+from mechhier.files import (
+    LOCK,
+    is_leftover,
+    make_folder,
+    new_folder,
+    only_process_in,
+    remove_leftovers,
+    write_whole,
+)
 from mechhier.grammars import Corpus
 from mechhier.models.environment import on_cpu, only_processes_and_devices, processes
 from mechhier.models.quiet import quiet_transformers
@@ -53,9 +64,9 @@ from mechhier.models.run import (
     Run,
     RunError,
     checkpoint_folder,
+    kept_steps,
     package_versions,
     text_sha256,
-    weights_sha256,
 )
 from mechhier.models.spec import ModelSpec, TrainSpec
 from mechhier.models.tokenizer import word_level_tokenizer
@@ -63,13 +74,14 @@ from mechhier.models.torch_state import default_torch_state, full_matmul_precisi
 from mechhier.progress import announce, track
 
 TRAINER = "trainer"
-_POINTER = "latest.json"
 _LOG_LINES = 200
 # Between checkpoints the trainer's state is saved every half minute, but never for more than 1/50 of the time.
 _STATE_SECONDS = 30.0
 _STATE_SHARE = 50.0
 # float32 weights and AdamW's two moments.
 _STATE_WEIGHTS = 3
+# In a state: all that is not the model's, the optimizer's and the schedule's.
+_PROGRESS = "progress.json"
 # The default warm-up: steps, and the part of a short training.
 _WARMUP = 100
 _WARMUP_SHARE = 3
@@ -126,30 +138,77 @@ def train(
         ValueError: The corpus's rows are longer than the model's context, or it is shorter than one batch.
 
     Cost: `steps` forward and backward passes, and `eval_rows` forward rows at each checkpoint; the floor of `eval_rows`
-    rows once. Disk: the weights at each checkpoint, and three times the weights until the end, for resuming.
+    rows once. Disk: the weights at each checkpoint, and up to six times the weights until the end, for resuming. At the
+    end the text is made or read once more, for its hash.
     """
+    out = Path(out).expanduser().absolute()
     with default_torch_state(), only_processes_and_devices():
-        return _train(_plan(spec, corpus, train or TrainSpec(), arm), corpus, Path(out), report_to)
+        return _train(_plan(spec, corpus, train or TrainSpec(), arm), corpus, out, report_to)
 
 
 def _train(manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[str]) -> Run:
     existing = _check_folder(out, manifest)
-    if existing is not None and existing.finished:
-        shutil.rmtree(out / TRAINER, ignore_errors=True)  # a kill just before the end leaves it
-        return Run.open(out)
-    with _only_process_in(out), _callers_random_state(), quiet_transformers():
+    if existing is not None and existing.finished and not (out / TRAINER).exists():
+        return Run.open(out)  # without the lock: the folder may be someone else's
+    with ExitStack() as held:
+        if not _begun(manifest, corpus, out, held):
+            return Run.open(out)
+        held.enter_context(_callers_random_state())
+        held.enter_context(quiet_transformers())
+        session = _Session(manifest, corpus, out, report_to)
+        session.run()
         if processes().is_main_process:
-            _announce(manifest, corpus, out)
-            (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            if existing is None:
-                manifest.write(out)
-        _Session(manifest, corpus, out, report_to).run()
-        if processes().is_main_process:
-            hashes = {step: weights_sha256(checkpoint_folder(out, step)) for step in manifest.checkpoint_steps}
-            manifest.model_copy(update={"finished": True, "weights_sha256": hashes}).write(out)
-            shutil.rmtree(out / TRAINER, ignore_errors=True)
-    processes().wait_for_everyone()
+            _finish(manifest, corpus, out, session.written)
+        processes().wait_for_everyone()
     return Run.open(out)
+
+
+def _begun(manifest: Manifest, corpus: Corpus, out: Path, held: ExitStack) -> bool:
+    """Whether there is something to train; then the folder is this training's, until `held` is closed.
+
+    Raises:
+        RunError: Another process trains there, or the folder holds something else.
+        TrainingError: The disk has too little room. All processes raise what the first does.
+    """
+    said: list[Any] = [None]
+    if processes().is_main_process:
+        try:
+            _check_folder(out, manifest)
+            busy = (
+                f"another process is training in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
+            )
+            held.enter_context(only_process_in(out, otherwise=RunError(busy)))
+            # Only now: until the lock was held, another process may have begun or finished.
+            existing = _check_folder(out, manifest)
+            if existing is not None and existing.finished:
+                shutil.rmtree(out / TRAINER, ignore_errors=True)  # a kill just before the end leaves it
+            else:
+                _announce(manifest, corpus, out)
+                for folder in (out / CHECKPOINTS, out / TRAINER):
+                    make_folder(folder)
+                    remove_leftovers(folder)
+                if existing is None:
+                    manifest.write(out)
+            said = [existing is None or not existing.finished]
+        except (RunError, TrainingError, OSError) as error:
+            said = [error]
+    # A refusal in one process only would leave the others waiting for it.
+    begun = broadcast_object_list(said)[0]
+    if isinstance(begun, Exception):
+        raise begun
+    return begun
+
+
+def _finish(manifest: Manifest, corpus: Corpus, out: Path, written: dict[str, str]) -> None:
+    """Say that the training has finished, with the hashes of all that was written when it was."""
+    hashes.write(out / hashes.LIST, written | {LOG: hashes.of_file(out / LOG)})
+    finished = {
+        "finished": True,
+        "files_sha256": hashes.of_file(out / hashes.LIST),
+        "all_text_sha256": text_sha256(corpus, manifest.steps * manifest.train.batch_size),
+    }
+    manifest.model_copy(update=finished).write(out)
+    shutil.rmtree(out / TRAINER, ignore_errors=True)
 
 
 def _plan(spec: ModelSpec, corpus: Corpus, train: TrainSpec, arm: str | None = None) -> Manifest:
@@ -209,28 +268,15 @@ def _check_folder(out: Path, manifest: Manifest) -> Manifest | None:
             )
         if not existing.finished and existing.format != manifest.format:
             raise RunError(
-                f"the training in {out} was begun by mechhier {existing.versions.get('mechhier')}, which took its steps at "
-                "other learning rates: choose another folder or remove it"
+                f"the training in {out} was begun by mechhier {existing.versions.get('mechhier')}, and this version cannot "
+                "go on with it: choose another folder or remove it"
             )
         return existing
     # A kill before the manifest was renamed into place leaves only our own temporary file and an empty folder.
-    ours = {CHECKPOINTS, LOCK}
+    ours = {CHECKPOINTS, TRAINER, LOCK}
     if out.is_dir() and any(path.name not in ours and not is_leftover(path) for path in out.iterdir()):
         raise RunError(f"{out} is not empty and not a run; choose another folder")
     return None
-
-
-@contextmanager
-def _only_process_in(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, in the process that writes to it."""
-    if not processes().is_main_process:
-        yield
-        return
-    busy = RunError(
-        f"another process is training in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
-    )
-    with only_process_in(out, otherwise=busy):
-        yield
 
 
 def _announce(manifest: Manifest, corpus: Corpus, out: Path) -> None:
@@ -238,8 +284,8 @@ def _announce(manifest: Manifest, corpus: Corpus, out: Path) -> None:
     vocab_size, n_ctx = corpus.grammar.vocab_size, corpus.context
     n_parameters = manifest.model.n_parameters(vocab_size, n_ctx=n_ctx)
     weights = manifest.model.n_bytes(vocab_size, n_ctx=n_ctx)
-    n_kept, n_saved = len(manifest.checkpoint_steps), len(_saved_steps(out))
-    # For a moment the state for resuming is on disk twice: the new one, and the old one until the new one counts.
+    n_kept, n_saved = len(manifest.checkpoint_steps), len(kept_steps(out))
+    # The state for resuming is on disk twice: the last one, and the one before until the next counts.
     needed = weights * (max(n_kept - n_saved, 0) + 2 * _STATE_WEIGHTS)
     free = shutil.disk_usage(out).free
     tokens = manifest.train.batch_size * corpus.context
@@ -335,6 +381,10 @@ class _Trainer(Trainer):
     ) -> Tensor:
         return next_token_loss(model, inputs["input_ids"])
 
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        # The session does (on_save): whole, with hashes, and without what a plain training does not need.
+        pass
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The default walks over all parameters at every step, for a number that we do not report.
         return 0
@@ -348,8 +398,10 @@ class _Trainer(Trainer):
 class _Session(TrainerCallback):
     """One call of the Trainer: logs, evaluates, keeps checkpoints, and leaves a state to go on from.
 
-    Everything is ordered so that a kill between any two writes is harmless: a checkpoint appears by renaming; the
-    state's folder counts only once the pointer names it; the pointer carries the log, so the log file is only a copy.
+    Everything is ordered so that a kill or a cut between any two writes is harmless. A checkpoint and a state appear
+    whole, by renaming; then a checkpoint's hashes are added to the run's list, and a state has its own within. A state
+    carries the log, so the log file is only a copy. What is gone on from is the newest state that is as it was written,
+    and whose checkpoints are; all that came after it is made again.
     """
 
     def __init__(self, manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[str]) -> None:
@@ -376,6 +428,8 @@ class _Session(TrainerCallback):
         self.tokens_since_line = 0
         self.note = ""
         self.save_seconds = 0.0
+        self.state_step: int | None = None
+        self.written: dict[str, str] = {}
         self.trainer = self._make_trainer(corpus, report_to)
 
     def _make_trainer(self, corpus: Corpus, report_to: Sequence[str]) -> _Trainer:
@@ -483,39 +537,93 @@ class _Session(TrainerCallback):
             return due
         return is_line and bool(broadcast(torch.tensor(due, device=self.model.device)))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Point to the state that the Trainer has just written, then remove those before it."""
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        **_: Any,
+    ) -> None:
+        """Leave a state to go on from; the last one stays until the next, the one before makes room."""
         self._collect_losses()
-        processes().wait_for_everyone()  # each process writes its own random state
-        folder = self.out / TRAINER
-        pointer = {"step": state.global_step, "losses": self.losses, "log": self.log}
         if self.main:
-            write_whole(folder / _POINTER, json.dumps(pointer))
-            _remove_states(folder, keep=state.global_step)
+            _remove_states(self.out, but=self.state_step)
+            weights = {name: weight.detach().cpu().contiguous() for name, weight in self.model.state_dict().items()}
+            with new_folder(_state_folder(self.out, state.global_step)) as folder:
+                (folder / "model.safetensors").write_bytes(safetensors_bytes(weights, metadata={"format": "pt"}))
+                (folder / "optimizer.pt").write_bytes(_pickled(optimizer.state_dict()))
+                (folder / "scheduler.pt").write_bytes(_pickled(lr_scheduler.state_dict()))
+                state.save_to_json(str(folder / "trainer_state.json"))
+                (folder / _PROGRESS).write_text(json.dumps({"losses": self.losses, "log": self.log}), encoding="utf-8")
+                hashes.write(folder / hashes.LIST, hashes.of_folder(folder))
+            self.state_step = state.global_step
         self.last_save = time.monotonic()
         self.save_seconds = self.last_save - self.save_started
 
     def _resume(self) -> tuple[int, Path | None]:
-        """The step and the folder of the trainer's last complete state; 0 and None without one."""
-        folder = self.out / TRAINER
-        if not (folder / _POINTER).is_file():
-            if self.main:
-                _remove_states(folder, keep=None)
-            return 0, None
-        pointer = json.loads((folder / _POINTER).read_text(encoding="utf-8"))
-        step = pointer["step"]
+        """The step and the folder of the state to go on from, 0 and None without one; what came after it is removed."""
+        written = hashes.read(self.out / hashes.LIST)
+        step = self._usable_state(written)
+        processes().wait_for_everyone()  # all have looked
         if self.main:
-            _remove_states(folder, keep=step)
-        self.log, self.losses = pointer["log"], pointer["losses"]
-        return step, folder / f"checkpoint-{step}"
+            _remove_states(self.out, but=step)
+            kept = [each for each in kept_steps(self.out) if step is not None and each <= step]
+            for later in set(kept_steps(self.out)) - set(kept):
+                shutil.rmtree(checkpoint_folder(self.out, later))
+            inside = tuple(f"{self._name(each)}/" for each in kept)
+            self.written = {n: digest for n, digest in written.items() if n == FLOOR or n.startswith(inside)}
+            hashes.write(self.out / hashes.LIST, self.written)
+        processes().wait_for_everyone()
+        if step is None:
+            return 0, None
+        self.state_step = step
+        folder = _state_folder(self.out, step)
+        progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        self.log, self.losses = progress["log"], progress["losses"]
+        if self.main:
+            self._write_log()
+        return step, folder
+
+    def _usable_state(self, written: dict[str, str]) -> int | None:
+        """The step of the newest state that is as it was written, with all checkpoints up to it; says what is not."""
+        states = sorted(_state_steps(self.out), reverse=True)
+        damaged = []
+        for step in self.manifest.checkpoint_steps if states else ():
+            files = {name: digest for name, digest in written.items() if name.startswith(f"{self._name(step)}/")}
+            folder = checkpoint_folder(self.out, step)
+            if step <= states[0] and not hashes.is_as_written(folder, files, inside=self.out):
+                damaged.append(step)
+        usable = [step for step in states if step < min(damaged, default=math.inf) and self._is_as_written(step)]
+        if states and (not usable or usable[0] != states[0]):
+            what = f"the checkpoint of step {damaged[0]}" if damaged else f"the state of step {states[0]}"
+            where = f"the state of step {usable[0]}" if usable else "the beginning"
+            announce(f"{self.out}: {what} is not as it was written; going on from {where}")
+        return usable[0] if usable else None
+
+    def _is_as_written(self, step: int) -> bool:
+        folder = _state_folder(self.out, step)
+        return hashes.is_as_written(folder, hashes.read(folder / hashes.LIST))
+
+    def _name(self, step: int) -> str:
+        """What the files of a checkpoint begin with in the list of hashes."""
+        return checkpoint_folder(Path(), step).as_posix()
+
+    def _record(self, of: dict[str, str]) -> None:
+        """Add what has been written to the list of hashes."""
+        self.written |= of
+        hashes.append(self.out / hashes.LIST, of)
 
     def _floor(self) -> xr.Dataset | None:
         """The ideal predictor's loss on the held-out rows; None where rows begin inside documents."""
         if self.held_out.packed:
             return None
         path = self.out / FLOOR
-        if self.main and not path.is_file():
+        if self.main and (FLOOR not in self.written or hashes.changed(self.out, {FLOOR: self.written[FLOOR]})):
             results.save(self.held_out.floor(len(self.eval_rows)), path)
+            self._record({FLOOR: hashes.of_file(path)})
         processes().wait_for_everyone()
         return results.load(path)
 
@@ -556,8 +664,11 @@ class _Session(TrainerCallback):
         if divergence := diverged(self.log):
             raise self._failure(divergence)
         if self.main:
-            write_whole(self.out / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
+            self._write_log()
         self._report(line)
+
+    def _write_log(self) -> None:
+        write_whole(self.out / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
 
     def _report(self, line: dict[str, float | None]) -> None:
         """Show loss and speed in the progress row, and hand them to whatever `report_to` names."""
@@ -571,7 +682,7 @@ class _Session(TrainerCallback):
         self.trainer.log(values)
 
     def _failure(self, what: str) -> TrainingError:
-        good = max(_saved_steps(self.out), default=None)
+        good = max(kept_steps(self.out), default=None)
         return TrainingError(
             f"{self.out}: {what}; the last good checkpoint is that of step {good}. Train into another folder with a "
             "lower learning_rate, a longer warm-up or a smaller max_grad_norm"
@@ -597,13 +708,21 @@ class _Session(TrainerCallback):
 
     def _save_weights(self, step: int) -> None:
         """Keep a checkpoint: all of it or, after a kill, nothing."""
-        folder = checkpoint_folder(self.out, step)
-        if not self.main or folder.exists():
+        if not self.main:
             return
+        folder = checkpoint_folder(self.out, step)
         with new_folder(folder) as temporary:
-            self.model.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            write_whole(temporary / EVALUATION, json.dumps(self.evaluation) + "\n")
+            try:
+                self.model.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+            except OSError:
+                raise
+            except Exception as error:
+                # What the system refuses is another error in each of the libraries that write here.
+                raise OSError(errno.EIO, f"a file in it cannot be written ({error})", str(folder)) from error
+            (temporary / EVALUATION).write_text(json.dumps(self.evaluation) + "\n", encoding="utf-8")
+            written = hashes.of_folder(temporary)
+        self._record({f"{self._name(step)}/{name}": digest for name, digest in written.items()})
 
 
 def diverged(log: Sequence[dict[str, float | None]]) -> str | None:
@@ -627,11 +746,23 @@ def diverged(log: Sequence[dict[str, float | None]]) -> str | None:
     )
 
 
-def _saved_steps(out: Path) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in (out / CHECKPOINTS).glob("step-*")]
+def _pickled(state: Any) -> bytes:
+    # In memory: the writer of torch.save ends the process where a file cannot be written.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
-def _remove_states(folder: Path, *, keep: int | None) -> None:
-    for state in folder.glob("checkpoint-*"):
-        if state.name != f"checkpoint-{keep}":
-            shutil.rmtree(state)
+def _state_folder(out: Path, step: int) -> Path:
+    return out / TRAINER / f"step-{step}"
+
+
+def _state_steps(out: Path) -> list[int]:
+    names = [path.name.removeprefix("step-") for path in (out / TRAINER).glob("step-*")]
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _remove_states(out: Path, *, but: int | None) -> None:
+    for step in _state_steps(out):
+        if step != but:
+            shutil.rmtree(_state_folder(out, step))

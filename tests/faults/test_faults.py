@@ -69,7 +69,7 @@ def faults(job: Job, n: int, seed: int) -> list[Disturbance]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "n"), [("train", 26), ("measure", 10), ("run", 4), ("save", 30)])
+@pytest.mark.parametrize(("name", "n"), [("train", 22), ("measure", 8), ("run", 3), ("save", 37)])
 def test_a_call_that_fails(jobs: dict[str, Job], tmp_path: Path, name: str, n: int) -> None:
     survey(jobs[name], tmp_path, faults(jobs[name], n * TIMES, seed=TIMES))
 
@@ -86,7 +86,7 @@ def test_a_size_that_no_file_may_exceed(jobs: dict[str, Job], tmp_path: Path, na
 
 @pytest.mark.slow
 @pytest.mark.skipif(not strace.available(), reason="no strace that can inject faults")
-@pytest.mark.parametrize(("name", "n"), [("train", 12), ("measure", 8), ("save", 10)])
+@pytest.mark.parametrize(("name", "n"), [("train", 10), ("measure", 6), ("save", 14)])
 def test_a_system_call_that_fails(jobs: dict[str, Job], tmp_path: Path, name: str, n: int) -> None:
     job, rng = jobs[name], random.Random(TIMES)
     counted = job.begun(tmp_path / "counted")

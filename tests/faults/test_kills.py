@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "n"), [("run", 8), ("save", 4)])
+@pytest.mark.parametrize(("name", "n"), [("run", 5), ("save", 5)])
 def test_killed_at_a_random_moment(jobs: dict[str, Job], tmp_path: Path, name: str, n: int) -> None:
     job, rng, found = jobs[name], random.Random(TIMES), []
     for number in range(n * TIMES):
@@ -35,7 +35,7 @@ def test_killed_at_a_random_moment(jobs: dict[str, Job], tmp_path: Path, name: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "n"), [("train", 8), ("measure", 4), ("save", 8)])
+@pytest.mark.parametrize(("name", "n"), [("train", 5), ("measure", 3), ("save", 2)])
 def test_killed_at_a_call(jobs: dict[str, Job], tmp_path: Path, name: str, n: int) -> None:
     job, rng, found = jobs[name], random.Random(TIMES), []
     for number in range(n * TIMES):
@@ -49,7 +49,7 @@ def test_killed_at_a_call(jobs: dict[str, Job], tmp_path: Path, name: str, n: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "n"), [("train", 20), ("measure", 8), ("save", 12)])
+@pytest.mark.parametrize(("name", "n"), [("train", 15), ("measure", 5), ("save", 6)])
 def test_a_power_cut(jobs: dict[str, Job], tmp_path: Path, name: str, n: int) -> None:
     """One half of the cuts at any call, the others just before the calls that make something count."""
     job, rng, found = jobs[name], random.Random(TIMES), []

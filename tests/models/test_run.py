@@ -1,13 +1,19 @@
 import json
+import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mechhier.models.loading import model_info
-from mechhier.models.run import Manifest, MissingCheckpointError, Run, RunError
+from mechhier.grammars import corpus as corpus_module
+from mechhier.models import run as run_module
+from mechhier.models import train
+from mechhier.models.errors import ModelLoadError
+from mechhier.models.loading import load_model, model_info
+from mechhier.models.run import Manifest, MissingCheckpointError, Run, RunError, kept_steps, weights_sha256
 
 
 def test_a_run_opens_as_it_was_trained(plan, reference):
@@ -63,9 +69,135 @@ def test_a_whole_run_passes_its_check_and_every_damage_is_listed(reference, tmp_
     with pytest.raises(RunError) as error:
         run.check()
     assert "no checkpoints of steps [7]" in str(error.value)
-    assert "weights of step 12 are not" in str(error.value)
-    assert "no lines of steps [12]" in str(error.value)
+    assert "step-000012/model.safetensors is not there as it was written" in str(error.value)
+    assert "log.jsonl is not there as it was written" in str(error.value)
     assert "other text" not in str(error.value)
+
+
+def _copied(reference, tmp_path):
+    shutil.copytree(reference.path, tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+def _files(run):
+    """Every file of a run but its lock, which holds nothing."""
+    return sorted(path.relative_to(run.path) for path in run.path.rglob("*") if path.is_file() and path.name != ".lock")
+
+
+def test_every_file_of_a_run_is_checked(reference, tmp_path):
+    run = _copied(reference, tmp_path)
+    for name in _files(run):
+        path = run.path / name
+        whole = path.read_bytes()
+        flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+        for damaged in (flipped, whole[: len(whole) // 2], b"", None):
+            path.write_bytes(damaged) if damaged is not None else path.unlink()
+            with pytest.raises(RunError, match=re.escape(path.name)):
+                Run.open(run.path).check()
+            path.write_bytes(whole)
+    run.check()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "evaluation.json"])
+def test_a_damaged_checkpoint_is_refused_by_name_before_it_is_used(reference, tmp_path, name):
+    run = _copied(reference, tmp_path)
+    path = run.checkpoint(7) / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    with pytest.raises(ModelLoadError, match=rf"step-000007 is damaged: {name} .* What to do"):
+        run.load(7)
+    with pytest.raises(ModelLoadError, match="is damaged"):
+        load_model(run.checkpoint(7))
+    run.load(12)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "absent"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("log.jsonl", lambda run: run.log),
+        ("floor.nc", lambda run: run.floor),
+        ("checkpoints/step-000007/evaluation.json", lambda run: run.evaluation),
+    ],
+)
+def test_what_stands_beside_the_weights_is_named_when_it_is_damaged(reference, tmp_path, name, read, damage):
+    run = _copied(reference, tmp_path)
+    path = run.path / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes({"flipped": flipped, "cut": content[:middle], "absent": b""}[damage])
+    if damage == "absent":
+        path.unlink()
+    with pytest.raises(RunError, match=rf"{path.name} is absent or damaged: .* What to do"):
+        read(run)
+
+
+def test_what_lies_beside_the_checkpoints_is_not_looked_at(reference, tmp_path):
+    run = _copied(reference, tmp_path)
+    shutil.copytree(run.checkpoint(7), run.path / "checkpoints" / "step-000007.bak")
+    (run.path / "checkpoints" / "step-000009").write_text("a file")
+    (run.path / "checkpoints" / "notes.txt").write_text("a file")
+    assert run.steps == reference.steps
+    run.check()
+    run.load(7)
+
+
+def test_the_list_of_hashes_is_what_sha256sum_reads(reference):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("there is no sha256sum")
+    subprocess.run(["sha256sum", "--check", "--quiet", "files.sha256"], cwd=reference.path, check=True)
+
+
+def test_a_run_of_the_former_format_is_checked_by_the_hashes_it_has(reference, tmp_path):
+    run = _copied(reference, tmp_path)
+    (run.path / "files.sha256").unlink()
+    fields = json.loads(reference.manifest.model_dump_json()) | {
+        "format": 2,
+        "weights_sha256": {step: weights_sha256(run.checkpoint(step)) for step in run.steps},
+    }
+    for new in ("files_sha256", "all_text_sha256"):
+        del fields[new]
+    (run.path / "manifest.json").write_text(json.dumps(fields))
+    run = Run.open(run.path)
+    run.check()
+    run.load(7)
+    assert len(run.evaluation.step) == len(run.log.dropna(subset=["eval_loss"]))
+    weights = run.checkpoint(7) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(RunError, match="weights of step 7 are not those that were trained"):
+        run.check()
+
+
+def test_a_run_is_found_after_the_process_has_gone_elsewhere(reference, tmp_path, monkeypatch):
+    _copied(reference, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = Run.open("run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = Run.open("~/run")
+    monkeypatch.chdir("/")
+    assert run.steps == home.steps == reference.steps
+
+
+def test_the_evaluation_of_many_checkpoints_lists_their_folder_once(reference, tmp_path, monkeypatch):
+    run, listed = _copied(reference, tmp_path), []
+    monkeypatch.setattr(run_module, "kept_steps", lambda path: listed.append(path) or kept_steps(path))
+    assert len(run.evaluation.step) == 4
+    assert len(listed) == 1
+
+
+def test_all_of_the_text_is_checked_not_its_first_block(tmp_path, plan, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_TOKENS_PER_BLOCK", 12 * 7)
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
+    run.check()
+    rows = type(plan.corpus).rows
+    monkeypatch.setattr(
+        type(plan.corpus),
+        "rows",
+        lambda self, a, b: rows(self, a, b) + (a <= 35 < b) * (np.arange(a, b) == 35)[:, None],
+    )
+    with pytest.raises(RunError, match="makes other text than the model was trained on"):
+        run.check()
 
 
 def test_a_grammar_that_makes_other_text_is_noticed(reference, plan, monkeypatch):

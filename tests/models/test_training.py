@@ -1,10 +1,11 @@
-import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import shutil
 import signal
+import stat
 import struct
 import time
 from pathlib import Path
@@ -19,9 +20,10 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from tensorboardX.proto.event_pb2 import Event
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from mechhier.models import training
 from mechhier.models.run import Run, RunError
@@ -152,7 +154,9 @@ def test_packed_rows_have_no_floor(plan, tmp_path):
 def test_a_finished_run_holds_its_checkpoints_and_nothing_to_resume(plan, reference):
     assert reference.steps == checkpoint_steps(12, 5)
     assert sorted(path.name for path in reference.path.iterdir()) == [
+        ".lock",
         "checkpoints",
+        "files.sha256",
         "floor.nc",
         "log.jsonl",
         "manifest.json",
@@ -212,24 +216,123 @@ def test_a_kill_before_any_write_is_harmless(plan, reference, state_after_every_
 def test_a_kill_while_the_trainers_state_is_written_is_harmless(
     plan, reference, state_after_every_step, tmp_path, monkeypatch, file
 ):
-    out, done = tmp_path / "run", []
+    out, done, write_bytes = tmp_path / "run", [], Path.write_bytes
 
-    def killed_in_the_middle(save):
-        def wrapper(data, path):
+    def killed_in_the_middle(path, content):
+        if "trainer" in path.parts:
             done.append(path)
-            save(data, path)
             if len(done) == file:
-                Path(path).write_bytes(Path(path).read_bytes()[:7])
+                write_bytes(path, content[:7])
                 raise KilledError
-
-        return wrapper
+        return write_bytes(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", killed_in_the_middle(torch.save))
+        patch.setattr(Path, "write_bytes", killed_in_the_middle)
         with pytest.raises(KilledError):
             train(plan.spec, plan.corpus, out, train=plan.train)
     train(plan.spec, plan.corpus, out, train=plan.train)
     assert contents(out) == contents(reference.path)
+
+
+@pytest.fixture
+def interrupted(plan, tmp_path_factory):
+    """A training that was killed at its tenth step, with the states of steps 8 and 9."""
+    out, step = tmp_path_factory.mktemp("interrupted") / "run", training._Session.on_step_end
+
+    def killed(self, args, state, control, **options):
+        if state.global_step == 10:
+            raise KilledError
+        return step(self, args, state, control, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_STATE_SECONDS", -1.0)
+        patch.setattr(training, "_STATE_SHARE", -1.0)
+        patch.setattr(training._Session, "on_step_end", killed)
+        with pytest.raises(KilledError):
+            train(plan.spec, plan.corpus, out, train=plan.train)
+    return out
+
+
+def _one_of_each_kind(out):
+    """Files but the manifest: of checkpoints those of the last, of states too."""
+    paths = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    kinds = {(path.parts[0], path.name): path for path in paths if path.name not in ("manifest.json", ".lock")}
+    assert len(kinds) == 3 + 6 + 6
+    return [str(path) for path in kinds.values()]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "absent"])
+def test_whatever_is_damaged_during_an_interruption_is_noticed_and_made_again(
+    plan, reference, interrupted, tmp_path, damage, capfd
+):
+    for number, name in enumerate(_one_of_each_kind(interrupted)):
+        out = tmp_path / str(number) / "run"
+        shutil.copytree(interrupted, out)
+        content = (out / name).read_bytes()
+        middle = len(content) // 2
+        (out / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        if damage == "absent":
+            (out / name).unlink()
+        train(plan.spec, plan.corpus, out, train=plan.train)
+        assert contents(out) == contents(reference.path), name
+        said = capfd.readouterr().err
+        if "trainer/step-9/" in name:
+            assert "the state of step 9 is not as it was written; going on from the state of step 8" in said
+        elif "checkpoints/step-000007/" in name:
+            assert "the checkpoint of step 7 is not as it was written; going on from the beginning" in said
+
+
+def test_a_finished_training_is_not_trained_again_by_who_waited_for_it(plan, reference, tmp_path, monkeypatch):
+    shutil.copytree(reference.path, tmp_path / "run")
+    unfinished = reference.manifest.model_copy(update={"finished": False})
+    unfinished.write(tmp_path / "run")
+    only_process_in = training.only_process_in
+
+    def finished_meanwhile(folder, **options):
+        reference.manifest.write(folder)
+        return only_process_in(folder, **options)
+
+    monkeypatch.setattr(training, "only_process_in", finished_meanwhile)
+    monkeypatch.setattr(training, "_Session", None)
+    assert train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train).steps == reference.steps
+
+
+def _refused_as_one_of_several(plan, out):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(RunError, match="another process is training in"):
+        train(plan.spec, plan.corpus, out, train=plan.train)
+
+
+@pytest.mark.slow
+def test_where_the_first_of_several_processes_is_refused_all_are(plan, tmp_path):
+    (tmp_path / "run").mkdir()
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        debug_launcher(_refused_as_one_of_several, args=(plan, tmp_path / "run"), num_processes=2)
+
+
+@pytest.mark.parametrize("library", ["safetensors", "tokenizers"])
+def test_what_a_library_cannot_write_is_an_error_that_names_the_checkpoint(plan, tmp_path, monkeypatch, library):
+    def full(*_, **__):
+        raise (SafetensorError if library == "safetensors" else Exception)("No space left on device (os error 28)")
+
+    owner = PreTrainedModel if library == "safetensors" else PreTrainedTokenizerFast
+    monkeypatch.setattr(owner, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device.*step-000000'"):
+        train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
+
+
+def test_files_of_a_run_have_the_modes_of_the_umask(reference):
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in reference.path.rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
+
+
+def test_text_that_no_file_can_hold_is_refused_before_anything_is_written(plan, tmp_path):
+    with pytest.raises(ValueError, match="arm: holds half a surrogate pair"):
+        train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train, arm="\ud800")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_kill_between_two_log_lines_loses_no_loss(plan, state_after_every_step, tmp_path, monkeypatch):
@@ -288,10 +391,9 @@ def test_after_ten_sigkills_the_same_call_ends_as_if_uninterrupted(plan, tmp_pat
     whole.join()
     assert whole.exitcode == 0
     out, generator = tmp_path / "run", random.Random(0)
-    pointer = out / "trainer" / "latest.json"
 
     def last_step():
-        return json.loads(pointer.read_text())["step"] if pointer.exists() else 0
+        return max(training._state_steps(out), default=0)
 
     for _ in range(10):
         process, step = _train_in_a_child(plan, out), last_step() + generator.randint(0, 9)
@@ -356,7 +458,7 @@ def test_a_run_of_the_former_schedule_is_returned_if_finished_and_never_gone_on_
     assert train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train).manifest == former
     former.model_copy(update={"finished": False}).write(tmp_path / "run")
     before = contents(tmp_path / "run")
-    with pytest.raises(RunError, match="took its steps at other learning rates"):
+    with pytest.raises(RunError, match="this version cannot go on with it"):
         train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
     assert contents(tmp_path / "run") == before
 
@@ -497,7 +599,7 @@ def test_disk_use_is_announced_and_too_small_a_disk_refused(plan, tmp_path, capf
     free.free -= 1
     with pytest.raises(TrainingError, match=r"89\.0 kB are needed on disk"):
         train(plan.spec, plan.corpus, tmp_path / "does not", train=plan.train)
-    assert list((tmp_path / "does not").iterdir()) == []
+    assert [path.name for path in (tmp_path / "does not").iterdir()] == [".lock"]
 
 
 def test_the_log_goes_to_tensorboard_too_where_asked(plan, reference, tmp_path):
