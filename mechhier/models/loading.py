@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +15,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,10 +31,10 @@ from mechhier.models.errors import (
     MissingRevisionError,
     ModelLoadError,
     ModelNotFoundError,
-    TokenizerError,
     UnsupportedModelError,
     WrongDtypeError,
 )
+from mechhier.models.folder import ModelFiles, is_there, read_settings
 from mechhier.models.hooked import VERIFICATION
 from mechhier.models.identity import parameters_hash, state_hash
 from mechhier.models.quiet import quiet_transformers
@@ -50,8 +47,9 @@ from mechhier.models.revision import (
     revision_folders,
 )
 from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError
+from mechhier.models.tokenizer import read_tokenizer
 from mechhier.models.torch_state import in_default_torch_state
-from mechhier.models.weights import ModelFiles, check_memory, read_headers
+from mechhier.models.weights import check_memory, read_headers
 from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
 
 if TYPE_CHECKING:
@@ -68,10 +66,6 @@ Processing = Literal["none", "folded"]
 _ATTRIBUTE = "_mechhier_model_info"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
-_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")
-_TOKENIZERS = (*_VOCABULARIES, "tokenizer_config.json", "merges.txt")
-_LEAST_MERGED = 0.9
-"""Of the words of a byte-pair vocabulary: special tokens are not merged, and are few; a file that is cut short makes less."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -307,9 +301,9 @@ def _locate(source: str | Path, revision: str | None) -> tuple[ModelFiles, Model
 def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
     files = ModelFiles(path, what=f"folder {path}", original=repr(str(path)))
     check_no_adapter(files)
-    if not (path / "config.json").is_file():
+    if not is_there(files, "config.json"):
         raise _no_model(path)
-    info = ModelInfo(name=path.resolve().name, architecture="")
+    info = ModelInfo(name=path.resolve().name, architecture="", step=_step(path.resolve().name))
     run = _run_of(path)
     if run is not None:
         home, manifest = run
@@ -370,7 +364,7 @@ def _hub_model(name: str, revision: str | None) -> tuple[ModelFiles, ModelInfo]:
     original = repr(name) + (f", revision={revision!r}" if revision else "")
     files = ModelFiles(Path(folder), what=what, original=original, repair=repair)
     check_no_adapter(files)
-    if not (files.folder / "config.json").is_file():
+    if not is_there(files, "config.json"):
         raise ModelNotFoundError(f"{what} has no config.json. What to do: {repair}")
     return files, info
 
@@ -430,12 +424,14 @@ def _from_files(
         config = read_config(files)
         _check_processing(processing, config.model_type, dtype)
         headers = read_headers(files)
-        check_memory(files, sum(header.numel() for header in headers.values()), dtype=dtype, device=device)
-        check_weights(files, config, headers)
+        n_weights = sum(header.numel() for header in headers.values())
+        check_memory(files, n_weights, dtype=dtype, device=device)
+        n_tables = check_weights(files, config, headers)
+        check_memory(files, n_weights + n_tables, dtype=dtype, device=device)
+        tokenizer = read_tokenizer(files, config.get_text_config().vocab_size)
         model = _read_weights(files, config, dtype=dtype, device=device)
         model.config.name_or_path = info.name
         info = replace(info, weights_hash=state_hash(model))
-        tokenizer = _read_tokenizer(files)
         hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing, verify=verify)
     return _attach(hooked, replace(info, architecture=config.model_type, processing=processing))
 
@@ -443,6 +439,7 @@ def _from_files(
 def _read_weights(
     files: ModelFiles, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
+    read_settings(files, "generation_config.json")  # transformers takes a damaged one for none
     try:
         return AutoModelForCausalLM.from_pretrained(
             files.folder,
@@ -453,46 +450,11 @@ def _read_weights(
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # noqa: BLE001  generation_config.json can say anything
         raise ModelLoadError(
-            f"cannot load {files.what}: {error}\nWhat to do: the folder must hold the config.json and the safetensors "
-            "weights of one causal language model"
-        ) from error
-
-
-def _read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the weights; None where there is none, which every probe accepts."""
-    present = sorted({path.name for pattern in _TOKENIZERS for path in files.folder.glob(pattern)})
-    if not present:
-        return None
-    # Where there is no vocabulary, transformers invents a tokenizer of a few tokens for gpt2, gpt_neox and olmo.
-    if not any(path for pattern in _VOCABULARIES for path in files.folder.glob(pattern)):
-        raise _no_tokenizer(files, present, "there is no vocabulary")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the package tokenizers raises no narrower class
-        raise _no_tokenizer(files, present, str(error)) from error
-    if (merged := _share_merged(files.folder)) < _LEAST_MERGED:
-        raise _no_tokenizer(files, present, f"merges.txt makes only {merged:.0%} of the words in vocab.json")
-    return tokenizer
-
-
-def _share_merged(folder: Path) -> float:
-    """How much of a byte-pair vocabulary its merges make: text cannot have the rest. 1 where it is in one file."""
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if (folder / "tokenizer.json").is_file() or not (vocabulary.is_file() and merges.is_file()):
-        return 1.0
-    made = {line.replace(" ", "") for line in merges.read_text(encoding="utf-8").splitlines()}
-    words = [word for word in json.loads(vocabulary.read_text(encoding="utf-8")) if len(word) > 1]
-    return sum(word in made for word in words) / len(words) if words else 1.0
-
-
-def _no_tokenizer(files: ModelFiles, present: list[str], reason: str) -> TokenizerError:
-    return TokenizerError(
-        f"cannot load {files.what}: it has files of a tokenizer ({', '.join(present)}), which cannot be read: {reason}. "
-        f"What to do: {files.repair}. Or do without a tokenizer, with\n"
-        f"  load_model(AutoModelForCausalLM.from_pretrained({files.original}))"
-    )
+            f"cannot load {files.what}: {str(error)[:500]}\nWhat to do: the folder must hold the config.json, the "
+            "generation_config.json (or none) and the safetensors weights of one causal language model"
+        ) from None
 
 
 def _wrap(

@@ -97,7 +97,7 @@ def hugging_face(model: PreTrainedModel) -> Expected:
         raise UnsupportedModelError(
             f"Hugging Face's own {type(model).__name__} does not give logits for {rows.shape[1]} tokens "
             f"({type(error).__name__}: {error}). What to do: load a causal language model, which needs nothing but tokens"
-        ) from error
+        ) from None
 
 
 def _rows(d_vocab: int, n_ctx: int) -> Int[Tensor, "row pos"]:

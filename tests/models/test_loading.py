@@ -532,7 +532,7 @@ def test_a_hub_models_damage_is_repaired_by_a_command(hub_cache):
 @pytest.mark.parametrize("content", ["{", "[]", '{"metadata": {}}'])
 def test_a_damaged_index_is_named(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(IncompleteWeightsError, match=r"model\.safetensors\.index\.json is damaged"):
+    with pytest.raises(IncompleteWeightsError, match=r"model\.safetensors\.index\.json (is damaged|cannot be read)"):
         load_model(sharded)
 
 
