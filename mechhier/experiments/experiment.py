@@ -7,29 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mechhier import results
 from mechhier.grammars import AnyGrammar, Corpus, Grammar
-from mechhier.grammars.families import FAMILIES, expand_family
+from mechhier.grammars.families import FAMILIES, expand_family, is_family
 from mechhier.models import ModelSpec, TrainSpec
-from mechhier.specs import read_spec
+from mechhier.models.spec import MOST_BYTES
+from mechhier.specs import Described, Flag, Text, Whole, read_spec
 
 if TYPE_CHECKING:
     from mechhier.models import Run
 
-_NOT_OPTIONS = {"model", "tokens", "tasks", "seed"}
-"""Arguments of a phenomenon that an experiment supplies itself or that YAML cannot hold."""
+MOST_ABOUT = 10_000
+MOST_NAME = 100
+MOST_ARMS = MOST_SEEDS = 1_000
+Title = Annotated[Text, Field(max_length=500)]
+"""A line of text."""
 
 
-class Arm(BaseModel):
+class Arm(Described):
     """One language and the training on it; arms differ in nothing but what is written here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    title: str
+    title: Title
     """Name in figures."""
-    about: str
+    about: Annotated[Text, Field(max_length=MOST_ABOUT)]
     """What the language has and lacks, in plain words, for the report."""
     grammar: AnyGrammar
     """The language; its `context` is the length of a row."""
@@ -43,11 +45,16 @@ class Arm(BaseModel):
     def _keep_family(cls, fields: Any, validate: Callable[[Any], Arm]) -> Arm:
         arm = validate(fields)
         described = fields.get("grammar") if isinstance(fields, Mapping) else None
-        if isinstance(described, Mapping) and described.get("kind") in FAMILIES:
-            family = FAMILIES[str(described["kind"])]
-            if "seed" in inspect.signature(family).parameters:
-                arm._family = {str(option): value for option, value in described.items()}
+        if is_family(described) and "seed" in inspect.signature(FAMILIES[described["kind"]]).parameters:
+            arm._family = {"seed": 0, **described}
         return arm
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Arm:
+        """A validated copy with some fields changed."""
+        copy = super().model_copy(update=update, deep=deep)
+        if "grammar" not in (update or {}):
+            copy._family = self._family
+        return copy
 
     @model_validator(mode="after")
     def _check_steps(self) -> Arm:
@@ -55,13 +62,14 @@ class Arm(BaseModel):
             raise ValueError("train.steps is required in an experiment: it decides how much text is generated")
         if "seed" in self.train.model_fields_set:
             raise ValueError("train.seed is given by the experiment's seeds: leave it out")
+        Training("", self, 0, None).corpus()  # refused here, not when the arms before have been trained
         return self
 
     @property
     def language_seed(self) -> int | None:
         """The seed that the language is drawn from; None where nothing is (given rules, or nothing but fresh lexicons)."""
         if self._family is not None:
-            return self._family.get("seed", 0)
+            return int(self._family["seed"])
         return self.grammar.language_seed if self.grammar.is_drawn else None
 
     def language(self, language_seed: int | None) -> Grammar:
@@ -90,7 +98,7 @@ class Training(NamedTuple):
         return language.corpus(train.steps * train.batch_size * language.default_context, seed=self.seed)
 
 
-class Experiment(BaseModel):
+class Experiment(Described):
     """Arms, one model shape for all of them, and the phenomena to measure at every checkpoint.
 
     Example:
@@ -98,22 +106,22 @@ class Experiment(BaseModel):
         ['pool', 'per_document', 'fixed', 'ngram']
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    title: str
+    title: Title
     """Title of the report."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[
+        tuple[Annotated[Whole, Field(ge=0, lt=2**32)], ...], Field(min_length=1, max_length=MOST_SEEDS)
+    ] = (0,)
     """Every arm is trained once with each: the seed of its text and of its weights. The first is that of the
     measurements, too."""
-    vary_language: bool = True
+    vary_language: Flag = True
     """Whether a seed also draws the language anew (its lexicons, its table of n-grams, a family's rules), so that what is
     found over seeds is not found of one table: a training's `language_seed` is its arm's plus its seed. False: one language
     for all seeds."""
-    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    arms: Annotated[dict[Annotated[Text, Field(max_length=MOST_NAME)], Arm], Field(min_length=1, max_length=MOST_ARMS)]
     """Arms by short name, which is also their folder."""
     model: ModelSpec
     """The transformer trained on every arm."""
-    phenomena: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    phenomena: Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)]
     """Keyword arguments by name of phenomenon."""
 
     @field_validator("seeds")
@@ -131,18 +139,27 @@ class Experiment(BaseModel):
                 raise ValueError(f"arm {name!r}: a name consists of letters, digits and underscores")
         return arms
 
+    @model_validator(mode="after")
+    def _check_shape(self) -> Experiment:
+        for name, arm in self.arms.items():
+            context, n_words = arm.grammar.default_context, arm.grammar.vocab_size
+            if self.model.n_ctx is not None and self.model.n_ctx < context:
+                raise ValueError(
+                    f"the rows of arm {name}, {context} tokens, do not fit the model's n_ctx={self.model.n_ctx}"
+                )
+            if 4 * 2 * n_words * self.model.d_model > MOST_BYTES:
+                raise ValueError(
+                    f"the embeddings of arm {name}'s {n_words:,} tokens in d_model={self.model.d_model} take more than "
+                    f"{MOST_BYTES // 2**30:,} GiB"
+                )
+        return self
+
     @field_validator("phenomena")
     @classmethod
     def _check_options(cls, phenomena: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        from mechhier.phenomena import PHENOMENA
+        from mechhier.phenomena.registry import check_options
 
-        for name, options in phenomena.items():
-            if name not in PHENOMENA:
-                raise ValueError(f"no phenomenon {name!r}: choose from {', '.join(PHENOMENA)}")
-            accepted = set(inspect.signature(PHENOMENA[name]).parameters) - _NOT_OPTIONS
-            if unknown := sorted(set(options) - accepted):
-                raise ValueError(f"{name} has no options {unknown}: it takes {', '.join(sorted(accepted))}")
-        return phenomena
+        return {name: check_options(name, options, written=True) for name, options in phenomena.items()}
 
     @classmethod
     def read(cls, source: str | Path) -> Experiment:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mechhier.grammars.trees import Tree, trees_of_row
+from mechhier.specs import MOST_CONTEXT, Described, Seed, SpecError, Whole, whole
 
 if TYPE_CHECKING:
     from mechhier.grammars.corpus import Corpus
 
-AGrammar = TypeVar("AGrammar", bound="Grammar")
-
 Split = Literal["train", "validation", "test"]
 MIN_CONTEXT = 4
 """Smallest row length: one clause of the document language."""
+MOST_TOKENS = 10**15
+"""Most tokens of a corpus: more text than there is. Nothing is held but the blocks that are read."""
+MOST_WORDS = 10**6
+"""Most tokens of a vocabulary: they are listed, and a model has a row for each."""
+MOST_BYTES = 2**30
+"""Most memory of what a language draws once."""
 UNBOUNDED_CONTEXT = 512
 """Row length where documents have no longest and none is given: that of arXiv 2603.06592."""
 
@@ -88,7 +93,7 @@ class IdealLoss:
         return cls(estimate=loss, error=zero, mean_error=zero.sum(axis=1), lower=loss, upper=loss, method=method)
 
 
-class Grammar(BaseModel, ABC):
+class Grammar(Described, ABC):
     """A formal language: immutable parameters from which vocabulary, text and exact predictions follow.
 
     Two grammars with equal fields are the same language. What a language draws once (a fixed lexicon, the lexicons of
@@ -96,12 +101,10 @@ class Grammar(BaseModel, ABC):
     to :meth:`generate`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    language_seed: int = Field(default=0, ge=0, description="Seed of everything that is drawn once for the language.")
-    context: int | None = Field(
-        default=None, ge=MIN_CONTEXT, description="Tokens per row of a corpus; None: the longest document."
-    )
+    language_seed: Seed = 0
+    """Seed of everything that is drawn once for the language."""
+    context: Annotated[Whole, Field(ge=MIN_CONTEXT, le=MOST_CONTEXT)] | None = None
+    """Tokens per row of a corpus; None: the longest document."""
 
     def __eq__(self, other: object) -> bool:
         # Fields alone: pydantic would compare what is cached too, and arrays have no single truth value.
@@ -109,11 +112,7 @@ class Grammar(BaseModel, ABC):
             return NotImplemented
         return all(getattr(self, name) == getattr(other, name) for name in type(self).model_fields)
 
-    __hash__ = BaseModel.__hash__
-
-    def model_copy(self: AGrammar, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> AGrammar:
-        """Return a validated copy with some fields changed; nothing cached for the old fields goes with it."""
-        return type(self).model_validate(self.model_dump() | dict(update or {}))
+    __hash__ = Described.__hash__
 
     @property
     def is_drawn(self) -> bool:
@@ -198,10 +197,8 @@ class Grammar(BaseModel, ABC):
         self, n_rows: int, context: int, rng: np.random.Generator, *, packed: bool = False
     ) -> tuple[Int[np.ndarray, "row position"], MakeLabels]:
         """Draw the tokens that :meth:`generate` draws, and say how to label them: tokens alone are several times faster."""
-        if n_rows < 1:
-            raise ValueError(f"n_rows is {n_rows}; at least one row is needed")
-        if context < MIN_CONTEXT:
-            raise ValueError(f"context is {context}; a row needs at least {MIN_CONTEXT} tokens")
+        n_rows = whole("n_rows", n_rows, least=1)
+        context = whole("context", context, least=MIN_CONTEXT, most=MOST_CONTEXT)
         rows, width = (1, n_rows * context) if packed else (n_rows, context)
         tokens, make_labels = self._generate(rows, width, rng)
 
@@ -266,11 +263,13 @@ class Grammar(BaseModel, ABC):
         """
         from mechhier.grammars.corpus import Corpus
 
-        context = self.default_context if context is None else context
-        if context < MIN_CONTEXT:
-            raise ValueError(f"context is {context}; a row needs at least {MIN_CONTEXT} tokens")
+        if context is None:
+            why = "that is the longest document; give context"
+            context = whole("context", self.default_context, least=MIN_CONTEXT, most=MOST_CONTEXT, why=why)
+        context = whole("context", context, least=MIN_CONTEXT, most=MOST_CONTEXT)
+        tokens = whole("tokens", tokens, least=1, most=MOST_TOKENS)
         if tokens < context:
-            raise ValueError(f"tokens is {tokens}, less than one row; a corpus has at least context = {context} tokens")
+            raise SpecError(f"tokens is {tokens}, less than one row; a corpus has at least context = {context} tokens")
         n_rows = -(-tokens // context)
         return Corpus(
             grammar=self, seed=seed, context=context, packed=packed, split=split, disjoint=disjoint, n_rows=n_rows

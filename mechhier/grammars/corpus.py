@@ -6,26 +6,28 @@ streamed or stored with the same tokens, and a longer corpus begins with the row
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from mechhier.grammars import dealing, storage
-from mechhier.grammars.base import MIN_CONTEXT, Grammar, MakeLabels, Sample, Split, stable_generator
+from mechhier.grammars.base import MIN_CONTEXT, MOST_TOKENS, Grammar, MakeLabels, Sample, Split, stable_generator
 from mechhier.grammars.document import DocumentGrammar
-from mechhier.grammars.families import expand_family
+from mechhier.grammars.families import FAMILIES, expand_family
 from mechhier.grammars.fitted_ngram import FittedNGram
 from mechhier.grammars.ngram import NGram
 from mechhier.grammars.pcfg import PCFG
+from mechhier.specs import MOST_CONTEXT, Described, Flag, Problem, Seed, Size, SpecError, Whole, shown, whole
 
 if TYPE_CHECKING:
     import os
@@ -33,8 +35,26 @@ if TYPE_CHECKING:
     import datasets
     import xarray as xr
 
+_KINDS = ("document", "ngram", "fitted_ngram", "pcfg", *FAMILIES)
+
+
+def _of_a_kind(described: Any) -> Any:
+    """Make a grammar of what names a family, and refuse what names nothing."""
+    if isinstance(described, Grammar):
+        return described
+    kinds = f"one of {', '.join(_KINDS)}"
+    if not isinstance(described, Mapping):
+        raise SpecError.of("grammar", [Problem((), f"must be a mapping whose kind is {kinds}, got {shown(described)}")])
+    if described.get("kind") not in _KINDS:
+        what = (
+            f"must be {kinds}, got {shown(described['kind'])}" if "kind" in described else f"is missing; it is {kinds}"
+        )
+        raise SpecError.of("grammar", [Problem(("kind",), what)])
+    return expand_family(described)
+
+
 AnyGrammar = Annotated[
-    Annotated[DocumentGrammar | NGram | FittedNGram | PCFG, Field(discriminator="kind")], BeforeValidator(expand_family)
+    Annotated[DocumentGrammar | NGram | FittedNGram | PCFG, Field(discriminator="kind")], BeforeValidator(_of_a_kind)
 ]
 """What a YAML or a manifest reads as a grammar: ``{kind: document, ...}``, or a family as ``{kind: cfg3, ...}``."""
 
@@ -46,18 +66,16 @@ _TOKENS_PER_BLOCK = 2**18
 _BLOCKS_IN_MEMORY = 4
 
 
-class CorpusSpec(BaseModel):
+class CorpusSpec(Described):
     """What a corpus is, as YAML or a manifest writes it; the fields are the arguments of :meth:`Grammar.corpus`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     grammar: AnyGrammar
-    tokens: int
-    seed: int = 0
-    context: int | None = None
-    packed: bool = False
+    tokens: Annotated[Size, Field(le=MOST_TOKENS)]
+    seed: Seed = 0
+    context: Annotated[Whole, Field(ge=MIN_CONTEXT, le=MOST_CONTEXT)] | None = None
+    packed: Flag = False
     split: Split = "train"
-    disjoint: bool = False
+    disjoint: Flag = False
 
     def corpus(self) -> Corpus:
         """Return the corpus, streamed."""
@@ -107,14 +125,14 @@ class Corpus:
     _blocks: OrderedDict[int, np.ndarray] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
-        if self.context < MIN_CONTEXT:
-            raise ValueError(f"context is {self.context}; a row needs at least {MIN_CONTEXT} tokens")
+        limits = {"seed": (0, 2**63 - 1), "context": (MIN_CONTEXT, MOST_CONTEXT), "n_rows": (1, MOST_TOKENS)}
+        for name, (least, most) in limits.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), least=least, most=most))
+        for name in ("packed", "disjoint"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         if self.split not in get_args(Split):
-            raise ValueError(f"split is {self.split!r}; it must be one of {', '.join(get_args(Split))}")
-        if self.n_rows < 1:
-            raise ValueError(f"n_rows is {self.n_rows}; a corpus has at least one row")
+            raise SpecError(f"split is {shown(self.split)}; it must be one of {', '.join(get_args(Split))}")
         if self.disjoint and self.fresh_lexicons:
             raise ValueError(
                 "disjoint=True deals documents to the splits; with lexicon='per_document' lexicons already differ "
@@ -162,7 +180,7 @@ class Corpus:
         """Return the (streamed) corpus that a :attr:`description` describes.
 
         Raises:
-            ValueError: A value is not accepted (pydantic's ValidationError if it is one of the grammar's).
+            SpecError: A value is not accepted.
         """
         return CorpusSpec.model_validate(description).corpus()
 
@@ -237,8 +255,13 @@ class Corpus:
         return self._blocks[i]
 
     def _map_block(self, path: Path, i: int) -> np.ndarray:
-        shape = (self._rows_of_block(i), self.context)
-        return np.memmap(path / storage.block_name(i), dtype=self.dtype, mode="r", shape=shape)
+        file, shape = path / storage.block_name(i), (self._rows_of_block(i), self.context)
+        # Checked again: what is cut after it was opened would end the process when it is read.
+        if not file.is_file() or file.stat().st_size != math.prod(shape) * self.dtype.itemsize:
+            raise storage.CorpusError(
+                f"{file} is missing or was cut since the corpus was opened; Corpus.repair({str(path)!r}) generates it again"
+            )
+        return np.memmap(file, dtype=self.dtype, mode="r", shape=shape)
 
     def _make_block(self, i: int) -> np.ndarray:
         return self._draw_block(i)[0][: self._rows_of_block(i)].astype(self.dtype)
@@ -354,8 +377,7 @@ class Corpus:
                 "the rows of a packed corpus begin inside documents, and what came before them is unknown to any "
                 "predictor; use a corpus with packed=False, or DocumentGrammar.entropy_rate_bounds()"
             )
-        if n_rows < 2:
-            raise ValueError(f"n_rows is {n_rows}; an interval needs at least 2 rows")
+        n_rows = whole("n_rows", n_rows, least=2, why="an interval needs two")
         from mechhier.grammars.floor import floor  # late: it imports pandas, which generating text does not need
 
         source = self.held_out(tokens=n_rows * self.context) if self.split == "train" else self
@@ -367,21 +389,28 @@ class Corpus:
     def save(self, path: str | os.PathLike[str], *, workers: int = 1) -> Corpus:
         """Store the corpus and return it, memory-mapped.
 
-        Every block is written to a temporary name and renamed; the manifest comes last. An interrupted save goes on
-        when it is called again; a finished one is verified and opened. The bytes do not depend on ``workers``.
+        Every block is written whole and its hash is recorded; the manifest comes last. An interrupted save goes on when
+        it is called again, with the blocks that are as they were written; a finished one is verified and opened. The
+        bytes do not depend on ``workers``.
 
         Args:
             path: Folder; made if absent.
             workers: Number of threads; two nearly double the speed.
 
         Raises:
-            CorpusError: The folder holds another corpus, or files that no record explains, or a damaged block.
+            CorpusError: The folder holds another corpus, or files that no record explains, or a damaged block; or another
+                process is saving into it.
+            ValueError: There are more than 400,000 blocks (about 10^11 tokens).
+            OSError: A file cannot be written (the disk is full); the message names it, and the same call goes on.
         """
-        folder = Path(path)
-        if workers < 1:
-            raise ValueError(f"workers is {workers}; at least one is needed")
-        sizes = [self._rows_of_block(i) * self.context * self.dtype.itemsize for i in range(self.n_blocks)]
-        storage.save_blocks(folder, self.description, self._make_block, sizes, dtype=self.dtype.name, workers=workers)
+        folder = storage.absolute(path)
+        workers = whole("workers", workers, least=1, most=1_000)
+        if self.n_blocks > storage.MOST_BLOCKS:
+            most = storage.MOST_BLOCKS * self.rows_per_block * self.context
+            raise ValueError(f"{self.n_tokens:,} tokens are too many to be stored; at most {most:,} are")
+        storage.save_blocks(
+            folder, self.description, self._make_block, self._block_bytes(), dtype=self.dtype.name, workers=workers
+        )
         return replace(self, path=folder)
 
     def to_dataset(self) -> datasets.Dataset:
@@ -406,10 +435,11 @@ class Corpus:
             CorpusError: There is no finished corpus, or a block is missing, truncated or damaged; the message names it
                 and says what to do.
         """
-        folder = Path(path)
+        folder = storage.absolute(path)
         manifest = storage.read_manifest(folder)
+        corpus = cls._of_manifest(folder, manifest)
         storage.verify_blocks(folder, manifest)
-        return cls._of_manifest(folder, manifest)
+        return corpus
 
     @classmethod
     def repair(cls, path: str | os.PathLike[str]) -> Corpus:
@@ -419,7 +449,7 @@ class Corpus:
             CorpusError: There is no finished corpus, or a block generated again has another hash than the manifest's
                 (another version of numpy or mechhier).
         """
-        folder = Path(path)
+        folder = storage.absolute(path)
         manifest = storage.read_manifest(folder)
         corpus = cls._of_manifest(folder, manifest)
         storage.repair_blocks(folder, manifest, corpus._make_block)
@@ -429,9 +459,33 @@ class Corpus:
     def _of_manifest(cls, folder: Path, manifest: storage.Manifest) -> Corpus:
         try:
             corpus = cls.from_description(manifest.corpus)
-        except (TypeError, KeyError, ValueError) as error:
+        except ValueError as error:
             raise storage.CorpusError(f"{folder / storage.MANIFEST} does not describe a corpus: {error}") from error
+        stated = [(entry.file, entry.bytes) for entry in manifest.blocks]
+        fits = len(stated) == corpus.n_blocks and manifest.dtype == corpus.dtype.name
+        if not fits or stated != [(storage.block_name(i), n) for i, n in enumerate(corpus._block_bytes())]:
+            raise storage.CorpusError(
+                f"{folder / storage.MANIFEST} is damaged: a corpus of {corpus.n_tokens} tokens has {corpus.n_blocks} blocks "
+                f"of {corpus.dtype.name}, and it lists others; delete {folder} and save the corpus again"
+            )
         return replace(corpus, path=folder)
+
+    def _block_bytes(self) -> list[int]:
+        return [self._rows_of_block(i) * self.context * self.dtype.itemsize for i in range(self.n_blocks)]
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of all of the text: the tokens in order, of :attr:`dtype`, as stored blocks hold them.
+
+        Equal for the streamed corpus and the stored one. Cost: all of the text is generated, or read.
+
+        Raises:
+            CorpusError: A stored block is missing, or its size is not that of its rows.
+        """
+        digest = hashlib.sha256()
+        for i in range(self.n_blocks):
+            block = self._make_block(i) if self.path is None else self._map_block(self.path, i)
+            digest.update(block.tobytes())
+        return digest.hexdigest()
 
 
 def _examples(corpus: Corpus) -> Iterator[dict[str, np.ndarray]]:

@@ -22,11 +22,23 @@ from pydantic import Field, field_validator, model_validator
 from scipy.special import entr
 
 from mechhier.grammars import document_generator, document_predictor
-from mechhier.grammars.base import Grammar, IdealLoss, MakeLabels, Sample, read_only, stable_generator, zipf
+from mechhier.grammars.base import (
+    MOST_BYTES,
+    MOST_WORDS,
+    Grammar,
+    IdealLoss,
+    MakeLabels,
+    Sample,
+    read_only,
+    stable_generator,
+    zipf,
+)
 from mechhier.grammars.clauses import CONNECTOR, EOS, OBJECT, SUBJECT, TOKENS_PER_CLAUSE, VERB
+from mechhier.specs import Flag, Number, Probability, Size, Whole
 
-Size = Annotated[int, Field(ge=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
+Words = Annotated[Size, Field(le=MOST_WORDS)]
+Sentences = Annotated[Size, Field(le=10**6)]
+"""Parts of a part of a document; a document of a million is longer than any row."""
 
 
 class DocumentGrammar(Grammar):
@@ -62,18 +74,18 @@ class DocumentGrammar(Grammar):
     """
 
     kind: Literal["document"] = "document"
-    n_words: Size | tuple[Size, Size, Size] = 30
-    n_connectors: Size = 10
-    zipf: Annotated[float, Field(ge=0)] = 1.0
-    n_sections: Size = 2
-    n_paragraphs: Size = 4
-    n_sentences: Size = 2
-    max_clauses: Size = 3
+    n_words: Words | tuple[Words, Words, Words] = 30
+    n_connectors: Words = 10
+    zipf: Annotated[Number, Field(ge=0)] = 1.0
+    n_sections: Sentences = 2
+    n_paragraphs: Sentences = 4
+    n_sentences: Sentences = 2
+    max_clauses: Sentences = 3
     p_chain: Probability = 0.5
-    lexicon: Literal["fixed", "per_document"] | Annotated[int, Field(ge=2)] = "per_document"
-    repetitions: Size = 1
+    lexicon: Literal["fixed", "per_document"] | Annotated[Whole, Field(ge=2, le=MOST_WORDS)] = "per_document"
+    repetitions: Words = 1
     binding: Probability = 0.0
-    hierarchical: bool = True
+    hierarchical: Flag = True
 
     @classmethod
     def paper(cls) -> DocumentGrammar:
@@ -89,6 +101,16 @@ class DocumentGrammar(Grammar):
 
     @model_validator(mode="after")
     def _check(self) -> DocumentGrammar:
+        if self.vocab_size > MOST_WORDS:
+            raise ValueError(
+                f"n_words={self.n_words} in each of three categories and n_connectors={self.n_connectors} are "
+                f"{self.vocab_size:,} tokens; at most {MOST_WORDS:,} are accepted"
+            )
+        if isinstance(self.lexicon, int) and 24 * self.lexicon * max(self.sizes) > MOST_BYTES:
+            raise ValueError(
+                f"lexicon={self.lexicon} lexicons of n_words={self.n_words} words take "
+                f"{24 * self.lexicon * max(self.sizes) / 2**30:,.0f} GiB; at most {MOST_BYTES // 2**30} GiB are accepted"
+            )
         if self.binding > 0 and isinstance(self.n_words, tuple):
             raise ValueError(
                 f"binding={self.binding} ties the ranks of subject, verb and object, so their numbers must be equal; "

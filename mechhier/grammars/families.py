@@ -5,27 +5,59 @@ In YAML a family is a grammar too: ``{kind: cfg3, n_levels: 6, n_symbols: 3}``.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from itertools import pairwise, product
-from typing import Any
+from typing import Annotated, Any, TypeGuard
+
+from pydantic import Field
 
 from mechhier.grammars.base import stable_generator
 from mechhier.grammars.pcfg import PCFG
-from mechhier.grammars.rules import Rule
+from mechhier.grammars.rules import Rule, check_size
+from mechhier.specs import Flag, Number, Problem, Seed, Size, SpecError, Whole, check_arguments, no_such_field
 
 _BRACKETS = ("()", "[]", "{}", "<>")
 _TRIES = 10_000
+_MOST_DRAWS = 50_000  # of rules, over all tries of a level: half a second
 _MOST_TUPLES = 10**6
 
+Levels = Annotated[Size, Field(le=100)]
+"""Levels of a grammar: a string has at least as many tokens as there are levels, most often exponentially many."""
+Symbols = Annotated[Size, Field(le=10_000)]
 
+
+def family(function: Callable[..., PCFG]) -> Callable[..., PCFG]:
+    """Make a function check its options by their annotations before it draws anything."""
+
+    @functools.wraps(function)
+    def checked(**options: Any) -> PCFG:
+        own = {name: value for name, value in options.items() if name in parameters}
+        others = {name: value for name, value in options.items() if name not in parameters}
+        if unknown := [name for name in others if name not in fields]:
+            problems = [Problem((name,), no_such_field(name, (*parameters, *fields))) for name in unknown]
+            raise SpecError.of(function.__name__, problems)
+        try:
+            return function(**check_arguments(function, own), **others)
+        except ValueError as error:
+            problems = error.problems if isinstance(error, SpecError) else ()
+            raise SpecError.of(function.__name__, problems or [Problem((), str(error))]) from None
+
+    parameters = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields = [name for name in PCFG.model_fields if name not in ("kind", "start", "terminals", "rules")]
+    return checked
+
+
+@family
 def cfg3(
     *,
-    n_levels: int = 6,
-    n_symbols: int = 3,
-    n_rules: tuple[int, int] = (2, 2),
-    rule_lengths: tuple[int, int] = (2, 3),
-    distinct_children: bool = True,
-    seed: int = 0,
+    n_levels: Levels = 6,
+    n_symbols: Annotated[Symbols, Field(ge=2)] = 3,
+    n_rules: tuple[Symbols, Symbols] = (2, 2),
+    rule_lengths: tuple[Symbols, Symbols] = (2, 3),
+    distinct_children: Flag = True,
+    seed: Seed = 0,
     **fields: Any,
 ) -> PCFG:
     """Draw a grammar of the family of cfg3b, cfg3f, ... (Allen-Zhu & Li 2023, arXiv 2305.13673).
@@ -51,12 +83,10 @@ def cfg3(
         >>> grammar.vocabulary, grammar.max_document_length <= 3**3 + 1
         (['t0', 't1', 't2', '<eos>'], True)
     """
-    _at_least("n_levels", n_levels, 1)
-    _at_least("n_symbols", n_symbols, 2)
     for name, (low, high) in (("n_rules", n_rules), ("rule_lengths", rule_lengths)):
-        _at_least(name, low, 1)
         if low > high:
-            raise ValueError(f"{name}={(low, high)}: the smaller number comes first")
+            raise SpecError(f"{name}={(low, high)}: the smaller number comes first")
+    _check_size(1 + n_levels * n_symbols, n_rules[1], rule_lengths[1])
     if distinct_children and rule_lengths[1] > n_symbols:
         raise ValueError(
             f"rule_lengths={rule_lengths}: {rule_lengths[1]} distinct children need as many symbols, and n_symbols is "
@@ -70,7 +100,8 @@ def cfg3(
     parents = levels[0]
     for children in levels[1:]:
         must_use_all = len(parents) * n_rules[1] * rule_lengths[1] >= n_symbols
-        for _ in range(_TRIES):
+        n_tries = min(_TRIES, max(1, _MOST_DRAWS // (len(parents) * n_rules[1])))
+        for _ in range(n_tries):
             drawn = [
                 [
                     tuple(
@@ -86,7 +117,7 @@ def cfg3(
                 break
         else:
             raise ValueError(
-                f"no level found in {_TRIES} tries: n_rules={n_rules} rules of {rule_lengths} symbols for each of "
+                f"no level found in {n_tries} tries: n_rules={n_rules} rules of {rule_lengths} symbols for each of "
                 f"{len(parents)} symbols must all differ and use all {n_symbols} symbols of the next level"
             )
         for parent, of_symbol in zip(parents, drawn, strict=True):
@@ -95,14 +126,15 @@ def cfg3(
     return PCFG(start="S", terminals=tuple(parents), rules=tuple(rules), **fields)
 
 
+@family
 def random_hierarchy(
     *,
-    n_symbols: int = 8,
-    n_tuples: int = 2,
-    tuple_length: int = 2,
-    n_levels: int = 3,
-    n_classes: int = 8,
-    seed: int = 0,
+    n_symbols: Symbols = 8,
+    n_tuples: Symbols = 2,
+    tuple_length: Annotated[Whole, Field(ge=2, le=100)] = 2,
+    n_levels: Levels = 3,
+    n_classes: Symbols = 8,
+    seed: Seed = 0,
     **fields: Any,
 ) -> PCFG:
     """Draw a random hierarchy model (Cagnetta et al. 2024, arXiv 2307.02129).
@@ -128,10 +160,7 @@ def random_hierarchy(
         >>> round(grammar.expected_length, 6), grammar.max_document_length
         (8.0, 9)
     """
-    sizes = {"n_symbols": n_symbols, "n_tuples": n_tuples, "n_levels": n_levels, "n_classes": n_classes}
-    for name, size in sizes.items():
-        _at_least(name, size, 1)
-    _at_least("tuple_length", tuple_length, 2)
+    _check_size(1 + n_classes + n_levels * n_symbols, n_tuples, tuple_length)
     possible = n_symbols**tuple_length
     needed = n_tuples * max(n_classes, n_symbols if n_levels > 1 else 1)
     if needed > possible or possible > _MOST_TUPLES:
@@ -139,7 +168,7 @@ def random_hierarchy(
             f"n_symbols={n_symbols} and tuple_length={tuple_length} give {possible} tuples; the rules need {needed} "
             f"different ones, and at most {_MOST_TUPLES} are enumerated"
         )
-    rng = stable_generator("random_hierarchy", *sizes.values(), tuple_length, seed)
+    rng = stable_generator("random_hierarchy", n_symbols, n_tuples, n_levels, n_classes, tuple_length, seed)
     tuples = list(product(range(n_symbols), repeat=tuple_length))
     levels = [[f"class{i}" for i in range(n_classes)]]
     levels += [[f"l{level}_{i}" for i in range(n_symbols)] for level in range(1, n_levels)]
@@ -155,7 +184,15 @@ def random_hierarchy(
     return _reachable_part(rules, tuple(levels[-1]), fields)
 
 
-def dyck(*, n_brackets: int = 2, max_depth: int = 4, p_nest: float = 0.5, p_next: float = 0.5, **fields: Any) -> PCFG:
+@family
+def dyck(
+    *,
+    n_brackets: Symbols = 2,
+    max_depth: Annotated[Size, Field(le=1_000)] = 4,
+    p_nest: Annotated[Number, Field(ge=0, lt=1)] = 0.5,
+    p_next: Annotated[Number, Field(ge=0, lt=1)] = 0.5,
+    **fields: Any,
+) -> PCFG:
     """Return the Dyck language of several kinds of brackets, nested to a limited depth (Hewitt et al. 2020).
 
     A string is a sequence of bracket pairs; what a pair holds is empty or again a sequence. Every kind of bracket is
@@ -175,11 +212,7 @@ def dyck(*, n_brackets: int = 2, max_depth: int = 4, p_nest: float = 0.5, p_next
         >>> dyck(n_brackets=1, max_depth=1, p_next=0.5).to_string()
         "%start D1\\nD1 -> '(' ')' [0.5] | '(' ')' D1 [0.5]"
     """
-    _at_least("n_brackets", n_brackets, 1)
-    _at_least("max_depth", max_depth, 1)
-    for name, value in (("p_nest", p_nest), ("p_next", p_next)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
+    check_size(max_depth + 2 * n_brackets, 4 * n_brackets * max_depth, 16 * n_brackets * max_depth)
     pairs = [_BRACKETS[i] if i < len(_BRACKETS) else (f"({i}", f"){i}") for i in range(n_brackets)]
     rules = []
     for depth in range(1, max_depth + 1):
@@ -200,24 +233,27 @@ FAMILIES: Mapping[str, Callable[..., PCFG]] = {"cfg3": cfg3, "random_hierarchy":
 """Families by the ``kind`` that YAML names them by."""
 
 
+def is_family(described: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a description is that of a family."""
+    return isinstance(described, Mapping) and isinstance(described.get("kind"), str) and described["kind"] in FAMILIES
+
+
 def expand_family(described: Any) -> Any:
     """Make a grammar of a mapping whose ``kind`` names a family; return anything else as it is.
 
     Raises:
-        ValueError: A value is not accepted, or the family has no such option.
+        SpecError: A value is not accepted, or the family has no such option.
     """
-    if not isinstance(described, Mapping) or described.get("kind") not in FAMILIES:
+    if not is_family(described):
         return described
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in described.items() if name != "kind"}
-    try:
-        return FAMILIES[described["kind"]](**options)
-    except TypeError as error:
-        raise ValueError(f"{described['kind']}: {error}") from error
+    if not all(isinstance(name, str) for name in described):
+        raise SpecError("the names of a grammar's fields are text")
+    return FAMILIES[described["kind"]](**{name: value for name, value in described.items() if name != "kind"})
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; at least {least} is needed")
+def _check_size(n_symbols: int, n_rules: int, length: int) -> None:
+    """Refuse a grammar of too many symbols, of so many rules of that length each, before they are drawn."""
+    check_size(n_symbols, n_symbols * n_rules, n_symbols * n_rules * length)
 
 
 def _reachable_part(rules: list[Rule], tokens: tuple[str, ...], fields: dict[str, Any]) -> PCFG:

@@ -21,6 +21,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from mechhier.grammars.base import Grammar, IdealLoss, MakeLabels, Sample, check_tokens, read_only
 from mechhier.grammars.ngram import places_in_documents
 from mechhier.grammars.sampling import compiled
+from mechhier.specs import Size
 
 if TYPE_CHECKING:
     from mechhier.grammars.corpus import Corpus
@@ -63,7 +64,7 @@ class FittedNGram(Grammar):
 
     kind: Literal["fitted_ngram"] = "fitted_ngram"
     source: dict[str, Any]
-    order: Annotated[int, Field(ge=1)]
+    order: Annotated[Size, Field(le=64)]
 
     @classmethod
     def fit(cls, corpus: Corpus, order: int) -> FittedNGram:

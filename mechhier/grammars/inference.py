@@ -9,8 +9,9 @@ Stolcke's (1995) probabilistic Earley recursion, left to right over the position
 - from ``predicted`` the probability of every next token.
 
 Everything is scaled so that the probability of the prefix read so far is 1: nothing underflows however long a string
-is. Only what is predicted is computed, and only what is not 0 is kept, so that a string with one derivation costs
-about n^2 steps and an ambiguous one at most n^3 / 6 times the number of dotted rules.
+is. Only what is predicted is computed, and only what is not 0 is kept and looked at: what is complete is handed to the
+dotted rules that wait for it where it begins. So a string with one derivation costs about n^2 steps, an ambiguous one at
+most n^3 / 6 times the number of dotted rules.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from mechhier.grammars.base import MOST_BYTES
 from mechhier.grammars.derivation import grown
 from mechhier.grammars.sampling import compiled
 
@@ -30,6 +32,7 @@ _Rule = tuple[int, tuple[int, ...], float]
 
 _CONVERGED = 1e-16
 _MAX_ROUNDS = 100_000
+_MOST_ENTRIES = 2 * 10**7
 
 
 class Prediction(NamedTuple):
@@ -62,6 +65,10 @@ class _Tables(NamedTuple):
     """Its probability."""
     first_symbol: np.ndarray
     """First symbol of its right side."""
+    by_first: np.ndarray
+    """Those rules by their first symbols."""
+    first_of: np.ndarray
+    """Where in `by_first` those of each symbol begin, and their number."""
     first_item: np.ndarray
     """Its dotted rule with one symbol before the dot; those with more follow."""
     item_lhs: np.ndarray
@@ -77,12 +84,44 @@ class _Chart(NamedTuple):
 
     predicted: np.ndarray
     """``[position, nonterminal]``."""
-    cell: np.ndarray
-    """Where the entries of the span k .. m begin and end, ``[k, m, 2]``."""
+    column: np.ndarray
+    """Where the entries of the spans that end at each position begin, and their number."""
+    begin: np.ndarray
+    """Where the span of every entry begins."""
     item: np.ndarray
-    """Dotted rule of every entry."""
+    """Its dotted rule."""
     inside: np.ndarray
     """Its inside probability, over the conditional probabilities of the span's tokens."""
+    waiting: np.ndarray
+    """The last entry that ends at a position and has a symbol after its dot, ``[position, symbol]``, from 1; 0: none."""
+    before: np.ndarray
+    """For every entry the one before it of the same position and symbol, likewise."""
+
+
+class _Column(NamedTuple):
+    """What is known of the spans k .. j for the present j."""
+
+    found: np.ndarray
+    """Inside probability of every nonterminal, without the closure over unary rules, ``[k, nonterminal]``."""
+    advanced: np.ndarray
+    """That of every dotted rule, ``[k, dotted rule]``."""
+    active: np.ndarray
+    """Whether there is any, ``[k]``."""
+    last: np.ndarray
+    """The dotted rule that was the last to have one, ``[k]``, from 1; 0: none has."""
+    before: np.ndarray
+    """The one before it, ``[k, dotted rule]``, likewise."""
+
+    @classmethod
+    def empty(cls, n: int, n_nonterminals: int, n_items: int) -> _Column:
+        """Make zeros for n positions: where the system gives out memory when it is written to, little of it is."""
+        return cls(
+            np.zeros((n, n_nonterminals)),
+            np.zeros((n, n_items)),
+            np.zeros(n, dtype=np.bool_),
+            np.zeros(n, dtype=np.int32),
+            np.zeros((n, n_items), dtype=np.int32),
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +158,7 @@ class Predictor:
         number = {state: i for i, state in enumerate(states)}
         integers = np.int64
         lhs_of = np.array([lhs for lhs, _, _ in several], dtype=integers)
+        first_symbol = np.array([rhs[0] for _, rhs, _ in several], dtype=integers)
         tables = _Tables(
             emission=emission,
             unary_closure=np.linalg.inv(np.eye(n_nonterminals) - unary),
@@ -126,7 +166,9 @@ class Predictor:
             rules_of=np.searchsorted(lhs_of, np.arange(n_nonterminals + 1)),
             lhs=lhs_of,
             probability=np.array([p for _, _, p in several], dtype=np.float64),
-            first_symbol=np.array([rhs[0] for _, rhs, _ in several], dtype=integers),
+            first_symbol=first_symbol,
+            by_first=np.argsort(first_symbol, kind="stable"),
+            first_of=np.searchsorted(np.sort(first_symbol), np.arange(n_nonterminals + n_terminals + 1)),
             first_item=np.cumsum([0] + [len(rhs) - 1 for _, rhs, _ in several])[:-1],
             item_lhs=np.array([lhs for lhs, _, _ in items], dtype=integers),
             item_next=np.array([rhs[dot] for _, rhs, dot in items], dtype=integers),
@@ -147,9 +189,22 @@ class Predictor:
         Args:
             tokens: The string without ``<eos>``.
             states: Whether the states are computed too.
+
+        Raises:
+            ValueError: The string takes too much memory.
         """
         tokens = np.asarray(tokens, dtype=np.int64)
-        next_tokens, categories, conditional, chart = _read(tokens, self.tables, self.p_empty)
+        n_nonterminals, n_terminals = self.tables.emission.shape
+        n, n_items = len(tokens) + 1, len(self.tables.item_next)
+        n_bytes = n * (36 * n_nonterminals + 12 * n_terminals + 12 * n_items + 8 * states * len(self.dotted_rules))
+        if n_bytes > MOST_BYTES:
+            raise ValueError(
+                f"a string of {n - 1:,} tokens takes {n_bytes / 2**30:,.1f} GiB with a grammar of {n_nonterminals:,} symbols "
+                f"and {n_items:,} dotted rules; at most {MOST_BYTES // 2**30} GiB are accepted: give shorter strings"
+            )
+        column = _Column.empty(n, n_nonterminals, n_items)
+        waiting = np.zeros((n, n_nonterminals + n_terminals), dtype=np.int32)
+        next_tokens, categories, conditional, chart = _read(tokens, self.tables, self.p_empty, column, waiting)
         log_prefix = np.concatenate([[0.0], np.cumsum(np.log(conditional))])
         found = np.zeros((len(next_tokens) if states else 0, len(self.dotted_rules)))
         if states:
@@ -167,7 +222,9 @@ class Predictor:
 
 
 @compiled
-def _read(tokens: np.ndarray, tables: _Tables, p_empty: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, _Chart]:
+def _read(
+    tokens: np.ndarray, tables: _Tables, p_empty: float, column_j: _Column, waiting: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, _Chart]:
     """Read a string from left to right, predicting each token before it is read.
 
     Returns:
@@ -176,22 +233,20 @@ def _read(tokens: np.ndarray, tables: _Tables, p_empty: float) -> tuple[np.ndarr
     """
     n = len(tokens)
     n_nonterminals, n_terminals = tables.emission.shape
-    n_items = len(tables.item_next)
     next_tokens = np.zeros((n + 1, n_terminals + 1))
     categories = np.zeros((n + 1, n_nonterminals + 1))
     conditional = np.zeros(n)
 
     predicted = np.zeros((n + 1, n_nonterminals))
     predicted[0] = tables.corner_closure[0]
-    cell = np.zeros((n + 1, n + 1, 2), dtype=np.int64)
+    column = np.zeros(n + 2, dtype=np.int64)
+    begin = np.empty(1024, dtype=np.int32)
     item = np.empty(1024, dtype=np.int32)
     inside = np.empty(1024)
+    before = np.empty(1024, dtype=np.int32)
     n_entries = 0
-
-    complete = np.zeros((n + 1, n_nonterminals))  # inside probability of a nonterminal over k .. j, for the present j
-    found = np.zeros(n_nonterminals)  # the same without the closure over unary rules
-    advanced = np.zeros(n_items)  # inside probability of every dotted rule over k .. j
-    touched = np.empty(n_items, dtype=np.int64)
+    complete = np.zeros(n_nonterminals)  # inside probability of a nonterminal over k .. j
+    wanted = np.zeros(n_nonterminals)
 
     for i in range(n + 1):
         # What follows the first i tokens.
@@ -207,21 +262,22 @@ def _read(tokens: np.ndarray, tables: _Tables, p_empty: float) -> tuple[np.ndarr
                     p = predicted[i, a] * tables.probability[rule]
                     next_tokens[i, tables.first_symbol[rule] - n_nonterminals] += p
                     categories[i, a] += p
-        for k in range(i):
-            for e in range(cell[k, i, 0], cell[k, i, 1]):
-                if tables.item_next[item[e]] >= n_nonterminals:
-                    p = predicted[k, tables.item_lhs[item[e]]] * inside[e]
-                    next_tokens[i, tables.item_next[item[e]] - n_nonterminals] += p
-                    categories[i, tables.item_lhs[item[e]]] += p
+        for e in range(column[i], column[i + 1]):
+            if tables.item_next[item[e]] >= n_nonterminals:
+                p = predicted[begin[e], tables.item_lhs[item[e]]] * inside[e]
+                next_tokens[i, tables.item_next[item[e]] - n_nonterminals] += p
+                categories[i, tables.item_lhs[item[e]]] += p
         conditional_here = next_tokens[i, tokens[i]] if i < n else 0.0
-        p_end = p_empty if i == 0 else complete[0, 0]
+        p_end = p_empty if i == 0 else complete[0]  # the longest span comes last
         if i == 0:
             next_tokens[0] *= 1.0 - p_empty
             categories[0] *= 1.0 - p_empty
         next_tokens[i, n_terminals] = p_end
         categories[i, n_nonterminals] = p_end
         if i == n or conditional_here <= 0.0:
-            chart = _Chart(predicted[: i + 1], cell, item[:n_entries], inside[:n_entries])
+            chart = _Chart(
+                predicted[: i + 1], column, begin[:n_entries], item[:n_entries], inside[:n_entries], waiting, before
+            )
             return next_tokens[: i + 1], categories[: i + 1], conditional[:i], chart
         conditional[i] = next_tokens[i, tokens[i]]
         scale = 1.0 / conditional_here
@@ -229,67 +285,99 @@ def _read(tokens: np.ndarray, tables: _Tables, p_empty: float) -> tuple[np.ndarr
         # Read token i: everything that ends at j = i + 1, the short spans first.
         j = i + 1
         read = n_nonterminals + tokens[i]
-        complete[: i + 1] = 0.0
+        for a in range(n_nonterminals):
+            if predicted[i, a] > 0.0:
+                column_j.found[i, a] = tables.emission[a, tokens[i]] * scale
+        _begin_rules(read, scale, i, predicted[i], tables, column_j)
+        _hand_on(waiting[i, read], scale, begin, item, inside, before, tables, column_j)
         for k in range(i, -1, -1):
-            found[:] = 0.0
-            n_touched = 0
-            if k == i:
-                for a in range(n_nonterminals):
-                    if predicted[i, a] > 0.0:
-                        found[a] = tables.emission[a, tokens[i]] * scale
-            for m in range(k, i + 1):
-                for e in range(cell[k, m, 0], cell[k, m, 1]):
-                    symbol = tables.item_next[item[e]]
-                    if symbol >= n_nonterminals:
-                        p = inside[e] * scale if symbol == read and m == i else 0.0
-                    else:
-                        p = inside[e] * complete[m, symbol]
-                    if p == 0.0:
-                        continue
-                    if tables.item_last[item[e]]:
-                        found[tables.item_lhs[item[e]]] += p
-                    else:
-                        further = item[e] + 1
-                        if advanced[further] == 0.0:
-                            touched[n_touched] = further
-                            n_touched += 1
-                        advanced[further] += p
+            complete[:] = 0.0
+            if k < i and not column_j.active[k]:
+                continue
             for b in range(n_nonterminals):
-                if found[b] > 0.0:
+                if column_j.found[k, b] > 0.0:
                     for a in range(n_nonterminals):
-                        complete[k, a] += tables.unary_closure[a, b] * found[b]
-            for a in range(n_nonterminals):
-                if predicted[k, a] == 0.0:
-                    continue
-                for rule in range(tables.rules_of[a], tables.rules_of[a + 1]):
-                    symbol = tables.first_symbol[rule]
-                    if symbol < n_nonterminals:
-                        p = tables.probability[rule] * complete[k, symbol]
-                    else:
-                        p = tables.probability[rule] * scale if k == i and symbol == read else 0.0
-                    if p > 0.0:
-                        first = tables.first_item[rule]
-                        if advanced[first] == 0.0:
-                            touched[n_touched] = first
-                            n_touched += 1
-                        advanced[first] += p
-            cell[k, j, 0] = n_entries
-            for e in range(n_touched):
+                        complete[a] += tables.unary_closure[a, b] * column_j.found[k, b]
+                    column_j.found[k, b] = 0.0
+            for symbol in range(n_nonterminals):
+                if complete[symbol] > 0.0:
+                    _begin_rules(symbol, complete[symbol], k, predicted[k], tables, column_j)
+                    _hand_on(waiting[k, symbol], complete[symbol], begin, item, inside, before, tables, column_j)
+            node = column_j.last[k]
+            while node > 0:
+                entry = node - 1
                 if n_entries == len(item):
-                    item, inside = grown(item), grown(inside)
-                item[n_entries], inside[n_entries] = touched[e], advanced[touched[e]]
+                    if n_entries > _MOST_ENTRIES:
+                        raise ValueError(
+                            "a string is too ambiguous for its length: it has over 20 million parts of derivations, and no "
+                            "more are kept; give shorter strings"
+                        )
+                    begin, item, inside, before = grown(begin), grown(item), grown(inside), grown(before)
+                begin[n_entries], item[n_entries] = k, entry
+                inside[n_entries] = column_j.advanced[k, entry]
+                before[n_entries] = waiting[j, tables.item_next[entry]]
                 n_entries += 1
-                advanced[touched[e]] = 0.0
-            cell[k, j, 1] = n_entries
+                waiting[j, tables.item_next[entry]] = n_entries
+                column_j.advanced[k, entry] = 0.0
+                node = column_j.before[k, entry]
+            column_j.last[k] = 0
+            column_j.active[k] = False
+        column[j + 1] = n_entries
         # What may begin at j.
-        for k in range(j):
-            for e in range(cell[k, j, 0], cell[k, j, 1]):
-                symbol = tables.item_next[item[e]]
-                if symbol < n_nonterminals:
-                    p = predicted[k, tables.item_lhs[item[e]]] * inside[e]
-                    for a in range(n_nonterminals):
-                        predicted[j, a] += p * tables.corner_closure[symbol, a]
+        wanted[:] = 0.0
+        for e in range(column[j], n_entries):
+            symbol = tables.item_next[item[e]]
+            if symbol < n_nonterminals:
+                wanted[symbol] += predicted[begin[e], tables.item_lhs[item[e]]] * inside[e]
+        for symbol in range(n_nonterminals):
+            if wanted[symbol] > 0.0:
+                predicted[j] += wanted[symbol] * tables.corner_closure[symbol]
     raise AssertionError  # the loop returns
+
+
+@compiled
+def _begin_rules(
+    symbol: int, probability: float, k: int, predicted: np.ndarray, tables: _Tables, column: _Column
+) -> None:
+    """Put the dot behind the first symbol of the rules that are predicted at k and begin with a symbol over k .. j."""
+    for place in range(tables.first_of[symbol], tables.first_of[symbol + 1]):
+        rule = tables.by_first[place]
+        p = tables.probability[rule] * probability
+        if p > 0.0 and predicted[tables.lhs[rule]] > 0.0:
+            _advance(tables.first_item[rule], p, k, column)
+
+
+@compiled
+def _hand_on(
+    entry: int,
+    probability: float,
+    begin: np.ndarray,
+    item: np.ndarray,
+    inside: np.ndarray,
+    before: np.ndarray,
+    tables: _Tables,
+    column: _Column,
+) -> None:
+    """Put the dot behind a symbol over k .. j in all rules that wait for it at k; the last of them is given."""
+    while entry > 0:
+        e = entry - 1
+        p = inside[e] * probability
+        if p > 0.0:
+            if tables.item_last[item[e]]:
+                column.found[begin[e], tables.item_lhs[item[e]]] += p
+                column.active[begin[e]] = True
+            else:
+                _advance(item[e] + 1, p, begin[e], column)
+        entry = before[e]
+
+
+@compiled
+def _advance(item: int, probability: float, k: int, column: _Column) -> None:
+    if column.advanced[k, item] == 0.0:
+        column.before[k, item] = column.last[k]
+        column.last[k] = item + 1
+        column.active[k] = True
+    column.advanced[k, item] += probability
 
 
 @compiled
@@ -307,23 +395,30 @@ def _weigh_states(
     n_nonterminals = tables.emission.shape[0]
     # open[m, A]: probability that an A that begins at m derives what has been read from there on, and goes on.
     is_open = np.zeros((len(states), n_nonterminals))
-    direct = np.zeros(n_nonterminals)
+    direct = np.zeros((len(states), n_nonterminals))  # the same of an A that holds no other that begins there
     for i in range(len(states)):
         is_open[i] = 1.0
-        for m in range(i - 1, -1, -1):
-            direct[:] = 0.0
-            for split in range(m + 1, i + 1):
-                for e in range(chart.cell[m, split, 0], chart.cell[m, split, 1]):
-                    symbol = tables.item_next[chart.item[e]]
-                    if split == i:
-                        p = chart.inside[e]
-                    elif symbol < n_nonterminals:
-                        p = chart.inside[e] * is_open[split, symbol]
-                    else:
-                        p = 0.0
-                    direct[tables.item_lhs[chart.item[e]]] += p
-                    states[i, state_of_item[chart.item[e]]] += p * chart.predicted[m, tables.item_lhs[chart.item[e]]]
-            is_open[m] = tables.corner_closure @ direct
+        for e in range(chart.column[i], chart.column[i + 1]):
+            m, lhs = chart.begin[e], tables.item_lhs[chart.item[e]]
+            direct[m, lhs] += chart.inside[e]
+            states[i, state_of_item[chart.item[e]]] += chart.inside[e] * chart.predicted[m, lhs]
+        for split in range(i - 1, -1, -1):
+            is_open[split] = 0.0
+            for a in range(n_nonterminals):
+                if direct[split, a] > 0.0:
+                    is_open[split] += tables.corner_closure[:, a] * direct[split, a]
+                    direct[split, a] = 0.0
+            for symbol in range(n_nonterminals):
+                if is_open[split, symbol] == 0.0:
+                    continue
+                entry = chart.waiting[split, symbol]
+                while entry > 0:
+                    e = entry - 1
+                    p = chart.inside[e] * is_open[split, symbol]
+                    m, lhs = chart.begin[e], tables.item_lhs[chart.item[e]]
+                    direct[m, lhs] += p
+                    states[i, state_of_item[chart.item[e]]] += p * chart.predicted[m, lhs]
+                    entry = chart.before[e]
         for m in range(i + 1):
             for s in range(len(begun_state)):
                 goes_on = 1.0 if m == i else 0.0

@@ -11,6 +11,8 @@ Rules = Sequence[tuple[int, tuple[int, ...], float]]
 """(left side, right side, probability); symbols from 0 are nonterminals, then terminals."""
 
 _CONVERGED = 1e-15
+_MOST_ROUNDS = 20_000
+_SELDOM = "symbols become themselves again almost surely, as in A -> A [0.999]; lower such a probability"
 
 
 def length_laws(rules: Rules, n_nonterminals: int, longest: int) -> Float[np.ndarray, "symbol length"]:
@@ -18,9 +20,12 @@ def length_laws(rules: Rules, n_nonterminals: int, longest: int) -> Float[np.nda
 
     The least solution of L_A = sum over rules of p (L_X1 * .. * L_Xk), with * convolution, by iteration from 0: after
     i rounds it is right for derivations of depth i.
+
+    Raises:
+        ValueError: Symbols become themselves again so often that 20,000 rounds are too few.
     """
     laws = np.zeros((n_nonterminals, longest + 1))
-    while True:
+    for _ in range(_MOST_ROUNDS):
         new = np.zeros_like(laws)
         for lhs, rhs, probability in rules:
             new[lhs] += probability * _product(rhs, laws)
@@ -28,6 +33,7 @@ def length_laws(rules: Rules, n_nonterminals: int, longest: int) -> Float[np.nda
         laws = new
         if change < _CONVERGED:
             return laws
+    raise ValueError(f"the probabilities of lengths do not settle in {_MOST_ROUNDS:,} rounds: {_SELDOM}")
 
 
 def terminal_counts(
@@ -42,7 +48,7 @@ def terminal_counts(
     one_token = np.zeros(longest + 1)
     one_token[1:2] = 1.0
     counts = np.zeros((n_nonterminals, n_terminals, longest + 1))
-    while True:
+    for _ in range(_MOST_ROUNDS):
         new = np.zeros_like(counts)
         for lhs, rhs, probability in rules:
             for i, symbol in enumerate(rhs):
@@ -56,6 +62,7 @@ def terminal_counts(
         counts = new
         if change < _CONVERGED * (longest + 1):
             return counts[0]
+    raise ValueError(f"the expected tokens of lengths do not settle in {_MOST_ROUNDS:,} rounds: {_SELDOM}")
 
 
 def _product(symbols: tuple[int, ...], laws: Float[np.ndarray, "symbol length"]) -> Float[np.ndarray, " length"]:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mechhier.grammars.base import (
+    MOST_BYTES,
+    MOST_WORDS,
     Grammar,
     IdealLoss,
     MakeLabels,
@@ -25,6 +27,7 @@ from mechhier.grammars.base import (
     zipf,
 )
 from mechhier.grammars.sampling import alias_table, compiled, draw
+from mechhier.specs import Number, Size, Whole, shown
 
 if TYPE_CHECKING:
     from mechhier.grammars.corpus import Corpus
@@ -36,7 +39,8 @@ _INVERSE_BASE = np.uint64(pow(int(_BASE), -1, 2**64))
 _SCANNED = 8  # entries of a cumulative law that are tried one by one: a cache line
 _UNIGRAM_TOKENS = 2**19
 
-Size = Annotated[int, Field(ge=1)]
+Tokens = Annotated[Size, Field(le=10**15)]
+"""Of a document or of what is hashed, longer than any row."""
 
 
 class NGram(Grammar):
@@ -63,15 +67,15 @@ class NGram(Grammar):
     """
 
     kind: Literal["ngram"] = "ngram"
-    n_tokens: Annotated[int, Field(ge=2)] = 101
-    n_rows: Size = 1000
-    orders: Annotated[tuple[Size, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32, 64, 128)
-    order_exponent: Annotated[float, Field(ge=0)] = 1.5
-    row_exponent_mean: float = 2.0
-    row_exponent_std: Annotated[float, Field(ge=0)] = 1.2
-    row_exponent_min: Annotated[float, Field(ge=0)] = 1.2
-    min_length: Size = 10
-    max_extra: Annotated[int, Field(ge=0)] = 99
+    n_tokens: Annotated[Whole, Field(ge=2, le=MOST_WORDS)] = 101
+    n_rows: Annotated[Size, Field(le=100_000)] = 1000
+    orders: Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=1_000)] = (1, 2, 4, 8, 16, 32, 64, 128)
+    order_exponent: Annotated[Number, Field(ge=0)] = 1.5
+    row_exponent_mean: Number = 2.0
+    row_exponent_std: Annotated[Number, Field(ge=0)] = 1.2
+    row_exponent_min: Annotated[Number, Field(ge=0)] = 1.2
+    min_length: Tokens = 10
+    max_extra: Annotated[Whole, Field(ge=0, le=10**15)] = 99
 
     @classmethod
     def paper(cls) -> NGram:
@@ -97,8 +101,17 @@ class NGram(Grammar):
     @classmethod
     def _orders_differ(cls, orders: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(orders)) < len(orders):
-            raise ValueError(f"orders is {orders}; every order may occur once")
+            raise ValueError(f"orders is {shown(orders)}; every order may occur once")
         return orders
+
+    @model_validator(mode="after")
+    def _check_table(self) -> NGram:
+        if 8 * self.n_rows * self.n_tokens > MOST_BYTES:
+            raise ValueError(
+                f"the table of n_rows={self.n_rows} for n_tokens={self.n_tokens} takes "
+                f"{8 * self.n_rows * self.n_tokens / 2**30:,.0f} GiB; at most {MOST_BYTES // 2**30} GiB are accepted"
+            )
+        return self
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 

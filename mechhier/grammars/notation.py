@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mechhier.grammars.rules import Rule
+from mechhier.specs import shown
 
 Parts = tuple[str, tuple[str, ...], tuple[Rule, ...]]
 """Start symbol, terminals, rules."""
@@ -32,7 +33,7 @@ def read(text: str) -> Parts:
             continue
         parsed = _RULE.match(line)
         if parsed is None:
-            raise ValueError(f"line {number}, {line!r}: {_FORM}")
+            raise ValueError(f"line {number}, {shown(line)}: {_FORM}")
         for rhs, probability in _alternatives(parsed["rhs"], number, line):
             terminals |= dict.fromkeys(symbol for symbol, is_terminal in rhs if is_terminal)
             rules.append(Rule(parsed["lhs"], tuple(symbol for symbol, _ in rhs), probability))
@@ -59,7 +60,9 @@ def quoted(terminal: str) -> str:
     if "'" not in terminal:
         return f"'{terminal}'"
     if '"' in terminal:
-        raise ValueError(f"the terminal {terminal} holds both kinds of quotes, which NLTK's notation cannot write")
+        raise ValueError(
+            f"the terminal {shown(terminal)} holds both kinds of quotes, which NLTK's notation cannot write"
+        )
     return f'"{terminal}"'
 
 
@@ -78,7 +81,7 @@ def read_cfg3(table: dict[str, Any]) -> Parts:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             "not a cfg3 table: it needs `all`, a list of levels, each a list of symbols with `id` and `children` "
-            f"(lists of indices into the next level); {type(error).__name__}: {error}"
+            f"(lists of indices into the next level); {type(error).__name__}: {str(error)[:100]}"
         ) from error
 
 
@@ -87,24 +90,26 @@ def _alternatives(text: str, number: int, line: str) -> Iterator[tuple[list[tupl
     rhs: list[tuple[str, bool]] = []
     probability: float | None = None
     if _PART.sub("", text).strip():
-        raise ValueError(f"line {number}, {line!r}: not understood; {_FORM}")
+        raise ValueError(f"line {number}, {shown(line)}: not understood; {_FORM}")
     for part in [*_PART.finditer(text), None]:
         if part is None or part["bar"]:
             if probability is None:
                 raise ValueError(
-                    f"line {number}, {line!r}: every alternative ends with its probability, as in A -> B [0.4]"
+                    f"line {number}, {shown(line)}: every alternative ends with its probability, as in A -> B [0.4]"
                 )
             yield rhs, probability
             rhs, probability = [], None
         elif probability is not None:
             raise ValueError(
-                f"line {number}, {line!r}: {part[0]!r} follows a probability; write | between alternatives"
+                f"line {number}, {shown(line)}: {shown(part[0])} follows a probability; write | between alternatives"
             )
         elif part["probability"]:
             try:
                 probability = float(part["probability"][1:-1])
             except ValueError:
-                raise ValueError(f"line {number}, {line!r}: {part['probability']} is not a probability") from None
+                raise ValueError(
+                    f"line {number}, {shown(line)}: {shown(part['probability'])} is not a probability"
+                ) from None
         elif part["terminal"]:
             rhs.append((part["terminal"][1:-1], True))
         else:

@@ -6,10 +6,8 @@ strings and prefixes, prediction, posteriors) is in :mod:`mechhier.grammars.infe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -18,15 +16,39 @@ from pydantic import Field, model_validator
 from scipy.special import entr
 
 from mechhier.grammars import derivation, lengths, notation, parsing
-from mechhier.grammars.base import Grammar, IdealLoss, MakeLabels, Sample, check_tokens, read_only
-from mechhier.grammars.rules import EOS, Rule, check, is_recursive, mean_children, totals
+from mechhier.grammars.base import (
+    MOST_WORDS,
+    Grammar,
+    IdealLoss,
+    MakeLabels,
+    Sample,
+    check_tokens,
+    read_only,
+)
+from mechhier.grammars.rules import (
+    EOS,
+    MOST_RULES,
+    Rule,
+    bottom_up,
+    check,
+    check_size,
+    is_recursive,
+    mean_children,
+    totals,
+)
 from mechhier.grammars.trees import Tree, node_numbers
+from mechhier.reading import read_json, read_text
+from mechhier.specs import Size, Text, Whole
 
 if TYPE_CHECKING:
     import os
 
     from mechhier.grammars.inference import Prediction, Predictor
 
+MOST_LENGTH = 10_000
+"""Longest string whose probability is computed for `lengths`: the time grows with its square."""
+_MOST_TABLE_BYTES = 2**26
+_MOST_PRODUCTS = 2 * 10**8  # of such a computation, in a round
 _LEAST_ACCEPTED_MASS = 1e-3  # of strings whose length is accepted: rejection draws 1 / mass strings for one
 
 
@@ -56,10 +78,10 @@ class PCFG(Grammar):
     """
 
     kind: Literal["pcfg"] = "pcfg"
-    start: str
-    terminals: Annotated[tuple[str, ...], Field(min_length=1)]
-    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
-    lengths: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
+    start: Text
+    terminals: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MOST_WORDS)]
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1, max_length=MOST_RULES)]
+    lengths: tuple[Annotated[Whole, Field(ge=0)], Annotated[Size, Field(le=MOST_LENGTH)]] | None = None
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -97,9 +119,12 @@ class PCFG(Grammar):
             **fields: Other fields, such as ``context``.
 
         Raises:
+            FileNotFoundError: There is no such file.
             ValueError: The table does not have this form.
         """
-        table = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8"))
+        table: Any = source
+        if not isinstance(source, dict):
+            table = read_json(read_text(source, most_bytes=_MOST_TABLE_BYTES), str(source))
         start, terminals, rules = notation.read_cfg3(table)
         return cls(start=start, terminals=terminals, rules=rules, **fields)
 
@@ -113,11 +138,18 @@ class PCFG(Grammar):
 
     @model_validator(mode="after")
     def _check(self) -> PCFG:
+        n_children = sum(len(rule.rhs) for rule in self.rules)
+        check_size(len({rule.lhs for rule in self.rules}) + len(self.terminals), len(self.rules), n_children)
         check(self.start, self.terminals, self.rules)
         if self.lengths is not None:
             shortest, longest = self.lengths
             if shortest > longest:
                 raise ValueError(f"lengths is {self.lengths}: the shortest comes first")
+            if n_children * longest**2 > _MOST_PRODUCTS:
+                raise ValueError(
+                    f"lengths is {self.lengths}: for {n_children:,} symbols in rules the probability of a length is computed "
+                    f"up to {int((_MOST_PRODUCTS / n_children) ** 0.5):,}"
+                )
             if 1 - self.rejected_mass < _LEAST_ACCEPTED_MASS:
                 raise ValueError(
                     f"lengths={self.lengths} holds {1 - self.rejected_mass:.2g} of all strings, and at least "
@@ -261,13 +293,10 @@ class PCFG(Grammar):
             return self.lengths[1] + 1
         if is_recursive(self.mean_matrix):
             return None
-        longest = np.zeros(len(self.nonterminals), dtype=np.int64)
-        for _ in self.nonterminals:  # every round is right for one more level
-            new = np.zeros_like(longest)
-            for lhs, rhs, _ in self._rule_ids:
-                new[lhs] = max(new[lhs], sum(longest[x] if x < len(longest) else 1 for x in rhs))
-            longest = new
-        return int(longest[0]) + 1
+        longest = dict.fromkeys(self.terminals, 1)
+        for symbol, rules in bottom_up(self.rules):
+            longest[symbol] = max(sum(longest[child] for child in rule.rhs) for rule in rules)
+        return longest[self.start] + 1
 
     # -- text --------------------------------------------------------------------------------------------------------
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from graphlib import TopologicalSorter
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy.sparse.csgraph import connected_components
 
+from mechhier.specs import Number
+
 EOS = "<eos>"
 _UNKNOWN = "<unk>"  # what a tokenizer makes of other words
 
+MOST_RULES = 100_000
+"""Most rules of a grammar."""
+_MOST_CHILDREN = 10**6  # symbols in right sides
+_MOST_SYMBOLS = 2**14  # the table of which expands to which is 2 GiB
 _SUM_TOLERANCE = 1e-6  # probabilities written with seven digits pass
 _MARGIN = 1e-9  # of the spectral radius, for rounding
 
@@ -21,7 +29,7 @@ class Rule(NamedTuple):
 
     lhs: str
     rhs: tuple[str, ...]
-    probability: float
+    probability: Number
 
     def __str__(self) -> str:
         return f"{self.lhs} -> {' '.join(self.rhs) or 'ε'} [{self.probability:g}]"
@@ -52,6 +60,33 @@ def is_recursive(mean_matrix: Float[np.ndarray, "symbol child"]) -> bool:
     return n_groups < len(mean_matrix) or bool(np.diag(mean_matrix).any())
 
 
+def bottom_up(rules: Iterable[Rule]) -> Iterator[tuple[str, list[Rule]]]:
+    """Yield every symbol with its rules after all that occur in them, in a grammar where none can contain itself."""
+    rules_of: dict[str, list[Rule]] = {}
+    for rule in rules:
+        rules_of.setdefault(rule.lhs, []).append(rule)
+    inside = {lhs: {x for rule in its for x in rule.rhs if x in rules_of} for lhs, its in rules_of.items()}
+    yield from ((lhs, rules_of[lhs]) for lhs in TopologicalSorter(inside).static_order())
+
+
+def check_size(n_symbols: int, n_rules: int, n_children: int) -> None:
+    """Refuse what is too large to be worked on.
+
+    Args:
+        n_symbols: Number of nonterminals and terminals.
+        n_rules: Number of rules.
+        n_children: Number of symbols in their right sides.
+
+    Raises:
+        ValueError: One of them is too large; the message has the limits.
+    """
+    if n_symbols > _MOST_SYMBOLS or n_rules > MOST_RULES or n_children > _MOST_CHILDREN:
+        raise ValueError(
+            f"a grammar of {n_symbols:,} symbols and {n_rules:,} rules with {n_children:,} symbols in them; at most "
+            f"{_MOST_SYMBOLS:,} symbols and {MOST_RULES:,} rules with {_MOST_CHILDREN:,} are accepted"
+        )
+
+
 def check(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
     """Refuse what is not a consistent grammar, or has parts that no string uses.
 
@@ -64,7 +99,7 @@ def check(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
 
 def _check_symbols(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
     if len(set(terminals)) < len(terminals):
-        twice = next(t for i, t in enumerate(terminals) if t in terminals[:i])
+        twice = next(t for t, times in Counter(terminals).items() if times > 1)
         raise ValueError(f"the terminal {twice!r} is listed twice")
     for terminal in terminals:
         if terminal in ("", EOS, _UNKNOWN):
@@ -97,24 +132,41 @@ def _check_probabilities(start: str, terminals: Sequence[str], rules: Sequence[R
 
 
 def _check_use(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:
-    productive = set(terminals)
-    while True:
-        more = {r.lhs for r in rules if r.lhs not in productive and all(x in productive for x in r.rhs)}
-        if not more:
-            break
-        productive |= more
+    productive = _productive(terminals, rules)
     for rule in rules:
         if idle := [symbol for symbol in (rule.lhs, *rule.rhs) if symbol not in productive]:
             raise ValueError(f"in {rule}: {idle[0]!r} is unproductive, it never becomes a string of terminals")
+    rules_of: dict[str, list[Rule]] = {}
+    for rule in rules:
+        rules_of.setdefault(rule.lhs, []).append(rule)
     reached, frontier = {start}, {start}
     while frontier:
-        frontier = {x for rule in rules if rule.lhs in frontier for x in rule.rhs} - reached
+        frontier = {x for lhs in frontier for rule in rules_of.get(lhs, ()) for x in rule.rhs} - reached
         reached |= frontier
     for rule in rules:
         if rule.lhs not in reached:
             raise ValueError(f"{rule}: {rule.lhs!r} is unreachable from the start symbol {start!r}")
     if unused := [terminal for terminal in terminals if terminal not in reached]:
         raise ValueError(f"the terminal {unused[0]!r} is unreachable from the start symbol {start!r}")
+
+
+def _productive(terminals: Sequence[str], rules: Sequence[Rule]) -> set[str]:
+    """Symbols that become strings of terminals; each rule is looked at once for each of its symbols."""
+    waits = [len(set(rule.rhs)) for rule in rules]
+    with_symbol: dict[str, list[int]] = {}
+    for i, rule in enumerate(rules):
+        for symbol in set(rule.rhs):
+            with_symbol.setdefault(symbol, []).append(i)
+    productive = set(terminals)
+    found = [*terminals, *{rule.lhs for rule in rules if not rule.rhs}]
+    productive.update(found)
+    while found:
+        for i in with_symbol.get(found.pop(), ()):
+            waits[i] -= 1
+            if waits[i] == 0 and rules[i].lhs not in productive:
+                productive.add(rules[i].lhs)
+                found.append(rules[i].lhs)
+    return productive
 
 
 def _check_ends(start: str, terminals: Sequence[str], rules: Sequence[Rule]) -> None:

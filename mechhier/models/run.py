@@ -16,13 +16,15 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, field_validator
 
 from mechhier.files import write_whole
-from mechhier.grammars import Corpus, Grammar
-from mechhier.models.spec import ModelSpec, TrainSpec, checkpoint_steps
+from mechhier.grammars import Corpus, CorpusSpec, Grammar
+from mechhier.models.spec import MOST_STEPS, ModelSpec, TrainSpec, checkpoint_steps
+from mechhier.reading import read_json, read_text
+from mechhier.specs import Described, Flag, Size, Text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +40,7 @@ LOG = "log.jsonl"
 FLOOR = "floor.nc"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
+_MOST_MANIFEST_BYTES = 2**26
 
 
 class RunError(ValueError):
@@ -48,29 +51,33 @@ class MissingCheckpointError(RunError, LookupError):
     """The run has no checkpoint of that step; the message lists those it has."""
 
 
-class Manifest(BaseModel):
+class Manifest(Described):
     """The contents of `manifest.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1, 2] = 2
     """1: of mechhier 0.4 and before, whose schedules began at a rate of 0."""
     model: ModelSpec
     train: TrainSpec
-    corpus: dict[str, Any]
+    corpus: dict[Text, Any]
     """The corpus as its `description` says it: grammar, seed, sizes."""
-    text_sha256: str | None = None
+    text_sha256: Text | None = None
     """Hash of the corpus's first block of text: the same description must mean the same text."""
-    steps: int
+    steps: Annotated[Size, Field(le=MOST_STEPS)]
     """Optimizer steps of the whole training."""
-    device: str
+    device: Text
     """Device and precision of the training; the same run on another one agrees only to rounding."""
-    versions: dict[str, str]
-    arm: str | None = None
+    versions: dict[Text, Text]
+    arm: Text | None = None
     """The arm of an experiment that was trained; None for a training of its own."""
-    finished: bool = False
-    weights_sha256: dict[int, str] = {}
+    finished: Flag = False
+    weights_sha256: dict[int, Text] = Field(default_factory=dict)
     """Hash of each checkpoint's weights, once training has finished."""
+
+    @field_validator("corpus")
+    @classmethod
+    def _check_corpus(cls, corpus: dict[str, Any]) -> dict[str, Any]:
+        CorpusSpec.model_validate(corpus)
+        return corpus
 
     @property
     def checkpoint_steps(self) -> list[int]:
@@ -95,8 +102,8 @@ class Manifest(BaseModel):
         if not path.is_file():
             raise RunError(f"{run} is not a run: there is no {MANIFEST} in it. Make one with train(spec, corpus, out)")
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValidationError as error:
+            return cls.model_validate(read_json(read_text(path, most_bytes=_MOST_MANIFEST_BYTES), path.name))
+        except ValueError as error:
             raise RunError(f"cannot read {path}: {error}") from error
 
     def write(self, run: Path) -> None:

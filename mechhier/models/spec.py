@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from mechhier.specs import MOST_CONTEXT, Described, Flag, Number, Size, Whole, shown, whole
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 Architecture = Literal["llama", "gpt2", "gpt_neox", "olmo", "olmo2"]
-Size = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+
+MOST_LAYERS = 1_000
+"""Most layers of a model: they are built one by one, at a millisecond each."""
+MOST_WIDTH = 10**7
+"""Most neurons, or heads, side by side; the bytes of all weights are limited besides."""
+MOST_BYTES = 2**40
+"""Most bytes of a model's weights, embeddings of tokens left out: a terabyte in float32."""
+MOST_STEPS = 10**9
+"""Most optimizer steps: at a millisecond each they take eleven days."""
+MOST_ROWS = 2**20
+"""Most rows of a step, or held out: their tokens are in memory together."""
+MOST_CHECKPOINTS = 100_000
+"""Most checkpoints of a run, each a folder of its own."""
 
 # GPT-NeoX-20B and Pythia rotate this share of each head.
 _NEOX_ROTARY_FRACTION = 0.25
@@ -26,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Shapes by name: `tiny` learns in minutes on a laptop, `paper` is the model of arXiv 2603.06592."""
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(Described):
     """The shape of a transformer, built as an ordinary Hugging Face causal language model in float32, without dropout.
 
     | architecture | norm | positions | MLP | blocks | embeddings | biases |
@@ -50,21 +65,19 @@ class ModelSpec(BaseModel):
         256
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     architecture: Architecture
     """Family, by Hugging Face's `model_type`."""
-    n_layers: Size
-    """Number of blocks."""
-    d_model: Size
+    n_layers: Annotated[Size, Field(le=MOST_LAYERS)]
+    """Number of blocks; all their weights have at most a terabyte."""
+    d_model: Annotated[Size, Field(le=MOST_WIDTH)]
     """Width of the residual stream; divisible by `n_heads`."""
-    n_heads: Size
+    n_heads: Annotated[Size, Field(le=MOST_WIDTH)]
     """Attention heads of each block."""
-    d_mlp: Size | None = None
+    d_mlp: Annotated[Size, Field(le=MOST_WIDTH)] | None = None
     """Width of the MLP's hidden layer; None: 4 x d_model."""
-    n_ctx: Size | None = None
+    n_ctx: Annotated[Size, Field(le=MOST_CONTEXT)] | None = None
     """Longest sequence; None: the corpus's context."""
-    n_key_value_heads: Size | None = None
+    n_key_value_heads: Annotated[Size, Field(le=MOST_WIDTH)] | None = None
     """Heads with keys and values of their own, each shared by `n_heads / n_key_value_heads` query heads (grouped-query
     attention), in `llama` and `olmo2`; None: as many as `n_heads`."""
 
@@ -72,15 +85,17 @@ class ModelSpec(BaseModel):
         # The architecture may be given by position; pydantic reports a missing one like any other missing field.
         super().__init__(**sizes if architecture is None else {"architecture": architecture, **sizes})
 
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as of `Described`
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, fields: Any) -> Any:
         """`preset: paper` stands for that shape, here and in YAML; fields beside it replace the preset's."""
-        if not isinstance(fields, dict) or "preset" not in fields:
+        if not isinstance(fields, Mapping) or "preset" not in fields:
             return fields
         name = fields["preset"]
-        if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}: choose from {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"no preset {shown(name)}: choose from {', '.join(PRESETS)}")
         return PRESETS[name] | {field: value for field, value in fields.items() if field != "preset"}
 
     @property
@@ -106,6 +121,18 @@ class ModelSpec(BaseModel):
                 raise ValueError(f"n_key_value_heads applies to llama and olmo2, not to {self.architecture}")
             if self.n_heads % self.n_key_value_heads:
                 raise ValueError(f"n_key_value_heads={self.n_key_value_heads} must divide n_heads={self.n_heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_bytes(self) -> ModelSpec:
+        in_and_out = 2 * self.d_model
+        learned_positions = self.d_model * (self.n_ctx or 0) if self.architecture == "gpt2" else 0
+        numbers = self.n_layers * in_and_out * (self.d_model + (self.d_mlp or 4 * self.d_model)) + learned_positions
+        if 4 * numbers > MOST_BYTES:
+            raise ValueError(
+                f"the blocks of n_layers={self.n_layers}, d_model={self.d_model}, d_mlp={self.d_mlp or 4 * self.d_model} "
+                f"take at least {4 * numbers / 2**30:,.0f} GiB in float32; at most {MOST_BYTES // 2**30:,} GiB are accepted"
+            )
         return self
 
     def build(self, *, vocab_size: int, eos_token_id: int, n_ctx: int | None = None, seed: int = 0) -> PreTrainedModel:
@@ -191,7 +218,7 @@ class ModelSpec(BaseModel):
         return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(rope_parameters=rope, **sizes))
 
 
-class TrainSpec(BaseModel):
+class TrainSpec(Described):
     """How to train: AdamW, linear warm-up, then a cosine to a fraction of the learning rate.
 
     With a warm-up of W steps of T, step n (from 1) is taken at n / W of the learning rate up to step W, then at
@@ -202,39 +229,37 @@ class TrainSpec(BaseModel):
     is shorter than the training. A corpus's rows are independent draws already, so they are not shuffled.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: Size | None = None
+    steps: Annotated[Size, Field(le=MOST_STEPS)] | None = None
     """Optimizer steps; None: one pass over the corpus."""
-    batch_size: Size = 32
+    batch_size: Annotated[Size, Field(le=MOST_ROWS)] = 32
     """Rows of a step, over all devices."""
     gradient_accumulation: Size = 1
     """Parts, of equal size, in which a device works through its share of a step; more parts need less memory."""
     learning_rate: Positive = 3e-3
     """Highest learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """AdamW's decay rates of the gradient's mean and of its square's."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[Whole, Field(ge=0, le=MOST_STEPS)] | None = None
     """Steps of linear warm-up; fewer than `steps`. None: 100, or a third of a training of fewer than 300 steps."""
     final_lr_fraction: Fraction = 0.1
     """Learning rate of the last step, as a fraction of the highest."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """Decoupled weight decay of the weight matrices; never of norms and biases."""
     max_grad_norm: Positive = 1.0
     """Gradients with a larger global norm are scaled down to it."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights; nothing else in training is random."""
-    n_checkpoints: Annotated[int, Field(ge=2)] = 12
+    n_checkpoints: Annotated[Whole, Field(ge=2, le=MOST_CHECKPOINTS)] = 12
     """Checkpoints on the grid of `checkpoint_steps`, the untrained model and the last step included."""
-    checkpoints_at: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    checkpoints_at: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(max_length=MOST_CHECKPOINTS)] = ()
     """Steps at which a checkpoint is kept besides those of the grid."""
-    eval_rows: Annotated[int, Field(ge=2)] = 256
+    eval_rows: Annotated[Whole, Field(ge=2, le=MOST_ROWS)] = 256
     """Rows of the corpus's validation split on which loss and floor are measured. The floor takes milliseconds a row, but
     where fresh lexicons meet tied words (`binding`) up to a second."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and the backward pass; weights, optimizer and evaluation are float32 always. `auto`: bfloat16
     autocast on a GPU that has it, else float32."""
-    compile: bool | None = None
+    compile: Flag | None = None
     """Whether `torch.compile` makes the model's kernels; None: on a GPU."""
 
     @model_validator(mode="after")
@@ -264,14 +289,13 @@ def checkpoint_steps(steps: int, n: int) -> list[int]:
         Sorted distinct steps, the first 0 and the last `steps`.
 
     Raises:
-        ValueError: `steps` below 1 or `n` below 2.
+        ValueError: `steps` below 1 or `n` below 2, or one of them absurdly large.
 
     Example:
         >>> checkpoint_steps(1200, 12)
         [0, 12, 21, 38, 67, 120, 300, 480, 660, 840, 1020, 1200]
     """
-    if steps < 1 or n < 2:
-        raise ValueError(f"at least 1 step and 2 checkpoints are needed, not {steps} and {n}")
+    steps, n = whole("steps", steps, least=1, most=MOST_STEPS), whole("n", n, least=2, most=MOST_CHECKPOINTS)
     n_log = (n - 1) // 2
     early = np.geomspace(steps / 100, steps / 10, n_log)
     late = np.linspace(steps / 10, steps, n - n_log)[1:] if n_log else [steps]

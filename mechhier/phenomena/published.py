@@ -23,6 +23,7 @@ from mechhier.phenomena._tokens import natural_tokens
 from mechhier.probes.attention import reduce_patterns
 from mechhier.probes.provenance import provenance
 from mechhier.results import MIN_SAMPLES, Variables, scored, warn_undefined
+from mechhier.specs import Drawn, Size
 
 DEFINITION = (
     "k_order_induction: attention at lag exactly n on r r, i.e. to the same token's earlier copy. hydra_drop: logit of "
@@ -42,7 +43,7 @@ TRANSITIONS = ("S->V", "V->O", "C->S")
 
 
 @in_default_torch_state
-def published(model: Any, *, n_sequences: int = 20, max_bytes: int = MAX_BYTES, seed: int = 0) -> xr.Dataset:
+def published(model: Any, *, n_sequences: Drawn = 20, max_bytes: Size = MAX_BYTES, seed: int = 0) -> xr.Dataset:
     """The paper's four scores as released, for comparison with `induction`, `function_vectors` and `hydra`.
 
     What they measure:

@@ -213,19 +213,28 @@ def test_every_kind_of_grammar_and_every_family_is_among_those():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda spec: spec.update(sed=3), "sed: Extra inputs are not permitted"),
-        (lambda spec: spec["model"].update(layers=3), "model.layers: Extra inputs"),
-        (lambda spec: spec["arms"]["pool"]["grammar"].update(n_word=3), "n_word: Extra inputs"),
-        (lambda spec: spec["arms"]["pool"]["grammar"].update(n_words=0), "greater than or equal to 1"),
+        (lambda spec: spec.update(sed=3), "sed: no such field; did you mean seeds"),
+        (lambda spec: spec["model"].update(layers=3), "model.layers: no such field; did you mean n_layers"),
+        (
+            lambda spec: spec["arms"]["pool"]["grammar"].update(n_word=3),
+            "pool.grammar.n_word: no such field; did you mean n_words",
+        ),
+        (lambda spec: spec["arms"]["pool"]["grammar"].update(n_words=0), "at least 1"),
         (lambda spec: spec["arms"]["pool"]["train"].pop("steps"), "train.steps is required"),
         (lambda spec: spec["arms"]["pool"]["train"].update(seed=1), "train.seed is given by the experiment's seeds"),
         (lambda spec: spec.update(seeds=[1, 1]), "seeds=.1, 1. repeat"),
-        (lambda spec: spec.update(seeds=[]), "seeds: Tuple should have at least 1 item"),
-        (lambda spec: spec["phenomena"].update(hidra={}), "no phenomenon 'hidra'"),
-        (lambda spec: spec["phenomena"]["hydra"].update(n_patch=3), "hydra has no options .'n_patch'."),
-        (lambda spec: spec["phenomena"]["hydra"].update(seed=3), "hydra has no options .'seed'."),
+        (lambda spec: spec.update(seeds=[]), "seeds: must have at least 1 items"),
+        (lambda spec: spec["phenomena"].update(hidra={}), "phenomena.hidra: no such phenomenon; did you mean hydra"),
+        (
+            lambda spec: spec["phenomena"]["hydra"].update(n_patch=3),
+            "hydra.n_patch: no such option; did you mean n_patches",
+        ),
+        (
+            lambda spec: spec["phenomena"]["hydra"].update(seed=3),
+            "phenomena.hydra.seed: no such option; there are level",
+        ),
         (lambda spec: spec["arms"].update({"../x": ARM}), "letters, digits and underscores"),
-        (lambda spec: spec.pop("model"), "model: Field required"),
+        (lambda spec: spec.pop("model"), "model: is missing"),
     ],
 )
 def test_every_field_is_used_or_refused(tmp_path, change, message):
@@ -255,5 +264,5 @@ def test_missing_files_and_other_text_are_refused(tmp_path):
 def test_yaml_cannot_make_python_objects(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("title: !!python/object/apply:os.getcwd []")
-    with pytest.raises(SpecError, match="is not YAML"):
+    with pytest.raises(SpecError, match=r"line 1: the tag !!python/object/apply:os\.getcwd: tags are not read"):
         Experiment.read(path)

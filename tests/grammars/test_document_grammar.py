@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from scipy.stats import binomtest, chi2_contingency, chisquare
 
 from mechhier.grammars import DocumentGrammar
+from mechhier.specs import SpecError
 
 
 def rng(seed=0):
@@ -104,7 +104,7 @@ def test_a_copy_with_another_seed_has_nothing_cached_of_the_old_language():
     copy = grammar.model_copy(update={"language_seed": 1})
     np.testing.assert_array_equal(copy.lexicons, DocumentGrammar(lexicon=3, language_seed=1).lexicons)
     assert np.any(copy.lexicons != old)
-    with pytest.raises(ValidationError):
+    with pytest.raises(SpecError):
         grammar.model_copy(update={"lexicon": 1})
 
 
@@ -285,29 +285,29 @@ def test_equal_sizes_given_one_by_one_are_the_same_language():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"n_words": 0}, "greater than or equal to 1"),
-        ({"n_words": (3, 0, 3)}, "greater than or equal to 1"),
-        ({"n_connectors": 0}, "greater than or equal to 1"),
+        ({"n_words": 0}, "at least 1"),
+        ({"n_words": (3, 0, 3)}, "at least 1"),
+        ({"n_connectors": 0}, "at least 1"),
         ({"zipf": float("inf")}, "finite"),
-        ({"zipf": -1.0}, "greater than or equal to 0"),
-        ({"p_chain": 1.5}, "less than or equal to 1"),
-        ({"binding": -0.1}, "greater than or equal to 0"),
+        ({"zipf": -1.0}, "at least 0"),
+        ({"p_chain": 1.5}, "at most 1"),
+        ({"binding": -0.1}, "at least 0"),
         ({"binding": 0.5, "n_words": (3, 4, 5)}, "numbers must be equal"),
-        ({"lexicon": 1}, "greater than or equal to 2"),
+        ({"lexicon": 1}, "at least 2"),
         ({"lexicon": "random"}, "'fixed' or 'per_document'"),
         ({"repetitions": 2, "lexicon": "fixed"}, "per-document lexicon"),
-        ({"context": 3}, "greater than or equal to 4"),
-        ({"language_seed": -1}, "greater than or equal to 0"),
-        ({"max_clause": 3}, "Extra inputs"),
+        ({"context": 3}, "at least 4"),
+        ({"language_seed": -1}, "at least 0"),
+        ({"max_clause": 3}, "no such field"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_accepted(fields, says):
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(SpecError, match=says):
         DocumentGrammar(**fields)
 
 
 def test_generate_refuses_no_rows_and_rows_shorter_than_a_clause():
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="n_rows must be at least 1"):
         DocumentGrammar().generate(0, 96, rng())
     with pytest.raises(ValueError, match="at least 4"):
         DocumentGrammar().generate(1, 3, rng())

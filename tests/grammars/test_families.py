@@ -94,11 +94,11 @@ def test_dyck_without_nesting_is_a_sequence_of_pairs():
     [
         ("cfg3", {"rule_lengths": (2, 4)}, "4 distinct children"),
         ("cfg3", {"n_rules": (3, 2)}, "the smaller number comes first"),
-        ("cfg3", {"n_symbols": 1}, "n_symbols is 1"),
+        ("cfg3", {"n_symbols": 1}, "n_symbols: must be at least 2, got 1"),
         ("cfg3", {"n_symbols": 2, "n_rules": (9, 9), "rule_lengths": (2, 2)}, "no level found"),
         ("random_hierarchy", {"n_tuples": 9}, "8 and tuple_length=2 give 64 tuples; the rules need 72"),
-        ("dyck", {"p_next": 1.0}, "p_next is 1.0"),
-        ("dyck", {"max_depth": 0}, "max_depth is 0"),
+        ("dyck", {"p_next": 1.0}, "p_next: must be below 1, got 1"),
+        ("dyck", {"max_depth": 0}, "max_depth: must be at least 1, got 0"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(family, options, message):
@@ -112,5 +112,5 @@ def test_yaml_names_a_family_by_its_kind():
         n_levels=3, rule_lengths=(2, 2), seed=4
     )
     assert isinstance(read({"kind": "dyck"}), PCFG)
-    with pytest.raises(ValidationError, match="levels"):
+    with pytest.raises(ValidationError, match="levels: no such field; did you mean n_levels"):
         read({"kind": "cfg3", "levels": 3})

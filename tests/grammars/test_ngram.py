@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from scipy.stats import chisquare
 
 from mechhier.grammars import NGram, Sample
+from mechhier.specs import SpecError
 
 MASK = 2**64 - 1
 
@@ -211,18 +211,18 @@ def test_an_ideal_loss_refuses_rows_that_do_not_begin_a_document():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"n_tokens": 1}, "greater than or equal to 2"),
-        ({"n_rows": 0}, "greater than or equal to 1"),
-        ({"orders": ()}, "at least 1 item"),
-        ({"orders": (1, 0)}, "greater than or equal to 1"),
+        ({"n_tokens": 1}, "at least 2"),
+        ({"n_rows": 0}, "at least 1"),
+        ({"orders": ()}, "at least 1 items"),
+        ({"orders": (1, 0)}, "at least 1"),
         ({"orders": (1, 2, 1)}, "every order may occur once"),
         ({"row_exponent_mean": float("nan")}, "finite"),
-        ({"row_exponent_std": -1}, "greater than or equal to 0"),
-        ({"min_length": 0}, "greater than or equal to 1"),
-        ({"max_extra": -1}, "greater than or equal to 0"),
-        ({"order": 3}, "Extra inputs"),
+        ({"row_exponent_std": -1}, "at least 0"),
+        ({"min_length": 0}, "at least 1"),
+        ({"max_extra": -1}, "at least 0"),
+        ({"order": 3}, "no such field"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_accepted(fields, says):
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(SpecError, match=says):
         NGram(**fields)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from random_grammars import derivations, ids, pcfgs, strings
 from scipy.stats import chisquare
 
 from mechhier.grammars import PCFG, AnyGrammar, Rule
+from mechhier.specs import SpecError
 
 ENGLISH = """
 # A toy grammar in NLTK's notation.
@@ -105,7 +106,7 @@ def test_a_line_that_is_not_a_rule_is_refused_with_its_number(text, message):
     ],
 )
 def test_what_is_not_a_grammar_is_refused_and_the_rule_named(rules, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SpecError, match=message):
         PCFG(start="S", terminals=("a",), rules=rules)
 
 
@@ -114,7 +115,7 @@ def test_what_is_not_a_grammar_is_refused_and_the_rule_named(rules, message):
     [("<eos>", "end of a string"), ("<unk>", "no word"), ("", "no word"), ("a b", "spaces between")],
 )
 def test_what_text_could_not_show_cannot_be_a_terminal(terminal, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SpecError, match=message):
         PCFG(start="S", terminals=(terminal,), rules=[("S", (terminal,), 1.0)])
 
 
@@ -210,9 +211,9 @@ def test_rejected_strings_leave_no_trace_in_the_trees():
 
 
 def test_lengths_that_hardly_occur_are_refused():
-    with pytest.raises(ValidationError, match="holds 0 of all strings"):
+    with pytest.raises(SpecError, match="holds 0 of all strings"):
         ANBN.model_copy(update={"lengths": (3, 3)})
-    with pytest.raises(ValidationError, match="the shortest comes first"):
+    with pytest.raises(SpecError, match="the shortest comes first"):
         ANBN.model_copy(update={"lengths": (4, 2)})
 
 

@@ -64,8 +64,8 @@ def test_packed_rows_and_languages_without_trees_are_shown_too(tmp_path, kind):
     ("text", "message"),
     [
         ("grammar: {kind: dyck, brackets: 2}\ntokens: 100", "grammar.brackets"),
-        ("grammar: {kind: cfg3, n_symbols: 1}\ntokens: 100", "n_symbols is 1"),
-        ("grammar: {kind: dyck}\ntoken: 100", "tokens: Field required"),
+        ("grammar: {kind: cfg3, n_symbols: 1}\ntokens: 100", "grammar.n_symbols: must be at least 2, got 1"),
+        ("grammar: {kind: dyck}\ntoken: 100", "tokens: is missing"),
         ("grammar: {kind: pcfg, start: S, terminals: [a], rules: [[S, [a], 0.5]]}\ntokens: 99", "sum to 0.5, not 1"),
         ("- 1", "must hold the fields grammar, tokens"),
         ("a: [", "is not YAML"),

@@ -1,7 +1,12 @@
 """A stored corpus has the streamed one's tokens, survives interruption, and damage to it is found and named."""
 
+import errno
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +35,7 @@ def folder(saved, tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def test_stored_tokens_and_labels_are_those_of_the_streamed_corpus(saved):
@@ -136,7 +141,7 @@ def test_an_interrupted_save_keeps_its_blocks_and_goes_on(tmp_path, saved, monke
     kept = (folder / "block-00000.bin").stat().st_ino
     torn = folder / "block-00001.bin"
     torn.write_bytes(torn.read_bytes()[:100])
-    (folder / ".block-00002.bin.tmp").write_bytes(b"half a block")
+    (folder / ".block-00002.bin.0123abcd.tmp").write_bytes(b"half a block")
     CORPUS.save(folder)
     assert (folder / "block-00000.bin").stat().st_ino == kept
     assert contents(folder) == contents(saved)
@@ -170,10 +175,10 @@ def test_what_is_not_a_stored_corpus_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CorpusError, match="is a file"):
         CORPUS.save(tmp_path / "file")
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="workers must be at least 1"):
         CORPUS.save(tmp_path / "new", workers=0)
     for text, says in (
-        ("{", "is not a corpus manifest"),
+        ("{", "is damaged"),
         ('{"format": 2}', "is not a corpus manifest"),
         (
             '{"format": 1, "corpus": {"grammar": {"kind": "dyck"}}, "dtype": "uint16", "blocks": [], "versions": {}}',
@@ -184,3 +189,209 @@ def test_what_is_not_a_stored_corpus_is_refused(tmp_path):
         with pytest.raises(CorpusError, match=says):
             Corpus.open(tmp_path)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "block-00000.bin").write_bytes(b"\xff" * (folder / "block-00000.bin").stat().st_size),
+        lambda folder: (folder / "block-00000.bin").write_bytes((folder / "block-00000.bin").read_bytes()[:-2]),
+        lambda folder: (folder / "block-00000.bin").write_bytes(b""),
+        lambda folder: (folder / "block-00000.bin").unlink(),
+        lambda folder: (folder / "unfinished.sha256").write_bytes(b""),
+        lambda folder: (folder / "unfinished.sha256").write_bytes((folder / "unfinished.sha256").read_bytes()[:-9]),
+        lambda folder: (folder / "unfinished.sha256").write_bytes(b"\xff\x00" * 90),
+        lambda folder: (folder / "unfinished.sha256").unlink(),
+        lambda folder: (folder / "unfinished.json").write_bytes(b""),
+        lambda folder: (folder / "unfinished.json").write_bytes(b"\xff{"),
+        lambda folder: (folder / "unfinished.json").write_text("[" * 100_000),
+    ],
+)
+def test_what_is_damaged_during_an_interruption_is_made_again(tmp_path, saved, monkeypatch, damage):
+    folder = tmp_path / "corpus"
+    save_until(monkeypatch, folder, 2)
+    damage(folder)
+    assert CORPUS.save(folder).sha256() == CORPUS.sha256()
+    assert contents(folder) == contents(saved)
+
+
+def test_a_block_that_was_damaged_while_it_was_written_is_not_blessed(tmp_path, monkeypatch):
+    """The hash is of the tokens, not of what is on the disk at the end."""
+    write_whole = storage.write_whole
+
+    def flipping(path, content):
+        write_whole(path, b"\xff" + content[1:] if path.name == "block-00001.bin" else content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_whole", flipping)
+        CORPUS.save(tmp_path / "corpus")
+    with pytest.raises(CorpusError, match=r"block-00001\.bin is damaged"):
+        Corpus.open(tmp_path / "corpus")
+
+
+def test_blocks_of_other_versions_are_made_again(tmp_path, saved, monkeypatch):
+    folder = tmp_path / "corpus"
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.np, "__version__", "0.0")
+        save_until(monkeypatch, folder, 2)
+    before = (folder / "block-00000.bin").stat().st_ino, (folder / "block-00000.bin").stat().st_mtime_ns
+    CORPUS.save(folder)
+    assert ((folder / "block-00000.bin").stat().st_ino, (folder / "block-00000.bin").stat().st_mtime_ns) != before
+    assert contents(folder) == contents(saved)
+
+
+def test_a_record_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "unfinished.json").write_text("[1]")
+    with pytest.raises(CorpusError, match=r"unfinished\.json is no record .*another folder"):
+        CORPUS.save(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 99, b"\xff\xfe{}", b"{", b"[" * 100_000, b'{"format": 1e400}'])
+def test_a_damaged_manifest_is_named_with_a_remedy(folder, content):
+    (folder / "manifest.json").write_bytes(content)
+    for use in (Corpus.open, Corpus.repair, CORPUS.save):
+        with pytest.raises(CorpusError, match=r"(?s)manifest\.json .*save it in another folder"):
+            use(folder)
+
+
+def test_a_manifest_with_other_blocks_is_named(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for change in (
+        {"blocks": manifest["blocks"][:2]},
+        {"blocks": manifest["blocks"][::-1]},
+        {"dtype": "uint32"},
+        {"corpus": manifest["corpus"] | {"tokens": 10**14}},
+    ):
+        (folder / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(CorpusError, match=r"manifest\.json is damaged"):
+            Corpus.open(folder)
+
+
+def test_two_saves_into_one_folder_do_not_meet(tmp_path, saved, monkeypatch):
+    folder, make = tmp_path / "corpus", Corpus._make_block
+    seen = []
+
+    def meeting(self, i):
+        if not seen:
+            seen.append(i)
+            with pytest.raises(CorpusError, match="another process is saving a corpus into .*corpus; wait for it"):
+                CORPUS.save(folder)
+        return make(self, i)
+
+    monkeypatch.setattr(Corpus, "_make_block", meeting)
+    CORPUS.save(folder)
+    assert seen
+    assert contents(folder) == contents(saved)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace", "open"])
+def test_a_save_whose_disk_fails_names_the_file_and_goes_on(tmp_path, saved, monkeypatch, call):
+    """Every call that writes fails once, one after the other; the bytes are those of a save that never failed."""
+    folder, left = tmp_path / "corpus", [0]
+    real = {"fsync": os.fsync, "replace": Path.replace, "open": os.open, "write": Path.write_bytes}
+
+    def failing(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            named = arguments[:1] if call == "open" else ()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *map(str, named))
+        return real[call](*arguments, **options)
+
+    owner, name = {
+        "fsync": (os, "fsync"),
+        "replace": (Path, "replace"),
+        "open": (os, "open"),
+        "write": (Path, "write_bytes"),
+    }[call]
+    for failed in range(1, 40):
+        left[0] = failed
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            try:
+                CORPUS.save(folder)
+            except OSError as error:
+                assert str(folder) in str(error), error
+                assert "\n" not in str(error)
+            else:
+                break
+    assert failed > 2
+    assert left[0] > 0
+    assert contents(folder) == contents(saved)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from mechhier.grammars import DocumentGrammar
+number, at = 0, int(sys.argv[2])
+def killing(real):
+    def call(*arguments, **options):
+        global number
+        number += 1
+        if number == at:
+            os.kill(os.getpid(), 9)
+        return real(*arguments, **options)
+    return call
+os.fsync, Path.replace = killing(os.fsync), killing(Path.replace)
+Path.write_bytes, Path.unlink = killing(Path.write_bytes), killing(Path.unlink)
+DocumentGrammar(n_words=6, lexicon=4, binding=1.0).corpus(tokens=6000 * 96, context=96).save(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes are killed by a signal")
+def test_a_save_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, saved):
+    folder = tmp_path / "corpus"
+    for at in (2, 9, 14, 18):
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(at)], check=False)
+        assert ended.returncode == -9
+    CORPUS.save(folder)
+    assert contents(folder) == contents(saved)
+
+
+def test_a_path_stays_valid_when_the_process_goes_elsewhere(tmp_path, monkeypatch):
+    small = GRAMMAR.corpus(tokens=960, context=96)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    kept = [small.save("here"), small.save("~/there"), Corpus.open("here"), Corpus.repair("~/there")]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [corpus.path for corpus in kept] == [tmp_path / "here", tmp_path / "home" / "there"] * 2
+    for corpus in kept:
+        np.testing.assert_array_equal(corpus.rows(0, 10), small.rows(0, 10))
+    with pytest.raises(CorpusError, match="no path"):
+        small.save(5)
+
+
+def test_a_finished_corpus_in_a_folder_that_cannot_be_written_to_is_opened_and_saved(folder, monkeypatch):
+    def refused(path, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path).startswith(str(folder)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, flags, *arguments, **options)
+
+    real = os.open
+    (folder / ".lock").unlink(missing_ok=True)
+    monkeypatch.setattr(os, "open", refused)
+    Corpus.open(folder)
+    CORPUS.save(folder)
+    assert not (folder / ".lock").exists()
+
+
+def test_the_hash_of_the_text_is_of_every_token(saved):
+    small = GRAMMAR.corpus(tokens=9600, context=96)
+    assert small.sha256() == hashlib.sha256(small.rows(0, 100).astype("<u2").tobytes()).hexdigest()
+    assert small.sha256() != GRAMMAR.corpus(tokens=9600, context=96, seed=1).sha256()
+    assert Corpus.open(saved).sha256() == CORPUS.sha256()
+
+
+def test_a_block_that_is_cut_after_it_was_opened_is_named(folder):
+    stored = Corpus.open(folder)
+    (folder / "block-00001.bin").write_bytes(b"")
+    for use in (lambda: stored.rows(2730, 2740), stored.sha256):
+        with pytest.raises(CorpusError, match=r"block-00001\.bin .*Corpus\.repair"):
+            use()
+
+
+def test_more_blocks_than_a_manifest_can_list_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="too many to be stored"):
+        GRAMMAR.corpus(tokens=10**15).save(tmp_path / "corpus")

@@ -492,9 +492,12 @@ def test_by_default_all_built_in_lists_are_asked_that_the_tokenizer_allows(tmp_p
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"input": "a", "output": "b"}', r"bad\.json is not JSON: .* line 1"),
-        ('{"input": "a", "output": "b"}', r"bad\.json must hold a list .* not a dict"),
-        ('[{"input": "a", "output": "b"}, {"input": "c"}]', r"bad\.json, row 2: expected .* got \{'input': 'c'\}"),
+        ('[{"input": "a", "output": "b"}', r"bad\.json is not JSON: line 1"),
+        ('{"input": "a", "output": "b"}', r"bad\.json must hold a list .* not a mapping"),
+        (
+            '[{"input": "a", "output": "b"}, {"input": "c"}]',
+            r"row 2: expected .* got a mapping of 1 without 'output'",
+        ),
         ('[{"input": "a", "output": 7}]', r"bad\.json, row 1: .* got .*7"),
         ('[{"input": "a", "output": ["b", "c"]}]', r"bad\.json, row 1: "),
         ('[{"input": " ", "output": "b"}]', r"bad\.json, row 1: .* not empty"),
@@ -543,7 +546,7 @@ def test_words_that_the_tokenizer_does_not_know_are_not_asked(tmp_path):
     [
         (["antonyms"], {}, r"no built-in task 'antonyms': there are .*antonym, .* ends with \.json"),
         (["antonym", "antonym"], {}, "'antonym' is given more than once"),
-        (["antonym"], {"n_demonstrations": 1}, "at least 2 for outputs to be shuffled, got 1"),
+        (["antonym"], {"n_demonstrations": 1}, "n_demonstrations must be at least 2, got 1: outputs are shuffled"),
         (["antonym"], {"n_prompts": 0}, "n_prompts must be at least 1, got 0"),
         (["antonym"], {"n_demonstrations": 162}, "'antonym' has 163 pairs; .* need 164: pass a smaller"),
         (["antonym"], {"n_demonstrations": 100}, r"prompts of \d+ tokens are longer than the model's context of 400"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
+from pydantic import Field
 
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
@@ -46,6 +47,7 @@ from mechhier.results import (
     warn_undefined,
     with_bounds,
 )
+from mechhier.specs import Drawn, Size
 
 DEFINITION = (
     "abar_h^t = mean over clean prompts of z_h at the last token; CIE = P(y | shuffled, z_h := abar_h^t) - "
@@ -72,9 +74,9 @@ def function_vectors(
     tasks: Sequence[Task] | None = None,
     *,
     effects: Literal["exact", "attribution"] = "exact",
-    n_tasks: int = 8,
-    n_prompts: int = 32,
-    max_bytes: int = MAX_BYTES,
+    n_tasks: Annotated[Drawn, Field(ge=2)] = 8,
+    n_prompts: Drawn = 32,
+    max_bytes: Size = MAX_BYTES,
     seed: int = 0,
 ) -> xr.Dataset:
     """Which heads carry a task, and whether their summed output makes the model do it without being shown.

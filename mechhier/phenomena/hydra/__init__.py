@@ -30,6 +30,7 @@ from mechhier.probes.ablation import Ablation, check_ablation, draw_donors, repl
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 from mechhier.results import MIN_SAMPLES, Variables, warn_undefined
+from mechhier.specs import Drawn, DrawnOrNone, Probability, Size
 
 DEFINITION = (
     "i = the clean run's top token. Direct effect DE_c = (a_c gamma / sigma) W_U[:, i], centred over the vocabulary, "
@@ -64,11 +65,11 @@ def hydra(
     level: Level = "layer",
     targets: Int[Any, "batch pos"] | None = None,
     ablation: Ablation = "resample",
-    n_patches: int | None = None,
-    n_null: int = 4,
-    min_probability: float = 0.5,
-    n_sequences: int = 64,
-    max_bytes: int = MAX_BYTES,
+    n_patches: Drawn | None = None,
+    n_null: DrawnOrNone = 4,
+    min_probability: Probability = 0.5,
+    n_sequences: Drawn = 64,
+    max_bytes: Size = MAX_BYTES,
     seed: int = 0,
 ) -> xr.Dataset:
     """What ablating each layer, or each head, does to the top token's logit, term by term, and who makes up for it.

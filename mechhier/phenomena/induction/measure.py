@@ -31,6 +31,7 @@ from mechhier.results import (
     warn_undefined,
     with_bounds,
 )
+from mechhier.specs import Drawn, DrawnOrNone, Size
 
 DEFINITION = (
     "Mean attention A[q, k]. On random repeats [BOS] r r with |r| = n, q in the second copy: IND = A[q, q-n+1], "
@@ -75,10 +76,10 @@ def induction(
     model: Any,
     tokens: Int[Any, "batch pos"] | None = None,
     *,
-    n_sequences: int = 64,
-    n_controls: int = 10,
+    n_sequences: Drawn = 64,
+    n_controls: DrawnOrNone = 10,
     seed: int = 0,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: Size = MAX_BYTES,
 ) -> xr.Dataset:
     """Induction heads: attention scores of every head, what heads copy and read, and what the model loses without them.
 

@@ -16,6 +16,7 @@ from mechhier.phenomena._tokens import bos_token
 from mechhier.phenomena.tasks.pairs import Pairs, built_in_tasks, read_pairs
 from mechhier.phenomena.tasks.prompts import KINDS, UNKNOWN, Prompts, Task
 from mechhier.progress import announce
+from mechhier.specs import MOST_DRAWN, SpecError, shown, whole
 
 DEMONSTRATION = "Q: {x}\nA: {y}\n\n"
 QUERY = "Q: {x}\nA:"
@@ -88,10 +89,10 @@ def word_tasks(
             be asked.
     """
     hooked = Hooked(model)
-    if n_demonstrations < 2:
-        raise ValueError(f"n_demonstrations must be at least 2 for outputs to be shuffled, got {n_demonstrations}")
-    if n_prompts < 1:
-        raise ValueError(f"n_prompts must be at least 1, got {n_prompts}")
+    n_demonstrations = whole("n_demonstrations", n_demonstrations, least=2, why="outputs are shuffled")
+    n_prompts = whole("n_prompts", n_prompts, least=1, most=MOST_DRAWN)
+    if isinstance(tasks, str):
+        raise SpecError(f"tasks is a list of names and paths, as in tasks=[{shown(tasks)}]")
     encode = _encoder(hooked)
     lists = [read_pairs(task) for task in (built_in_tasks() if tasks is None else tasks)]
     if repeated := [name for name, count in Counter(each.name for each in lists).items() if count > 1]:
