@@ -67,7 +67,7 @@ def read_tokenizer(files: ModelFiles, vocab_size: int) -> PreTrainedTokenizerBas
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
         problem = _wrong_words(files, tokenizer, vocab_size)
         tokenizer(" ".join(sorted(tokenizer.get_vocab())[:_TRIED]))
-    except BaseException as error:  # noqa: BLE001  the package tokenizers raises no narrower class, nor one of Python's
+    except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         raise _no_tokenizer(files, present, str(error)[:500]) from None
