@@ -7,7 +7,8 @@ whatever it renames, merges, ties or ignores is renamed, merged, tied or ignored
 from __future__ import annotations
 
 import copy
-import json
+import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mechhier.models.changes import is_plain_attention
@@ -24,16 +25,25 @@ from mechhier.models.errors import (
     ChangedModelError,
     IncompleteWeightsError,
     ModelLoadError,
+    ModelNotFoundError,
     QuantizedWeightsError,
     UnexpectedWeightsError,
     UnsupportedModelError,
     WeightShapeError,
 )
-from mechhier.models.weights import ModelFiles, quantized_weights, shortened
+from mechhier.models.folder import ModelFiles, read_settings
+from mechhier.models.weights import quantized_weights, shortened
 
-_MOST_LAYERS = 10_000
-"""Beyond it a count of layers is a mistake: transformers would make lists of that length before anything is compared."""
+_MOST_LAYERS = 1000
+"""Eight times those of the deepest published model. Each costs a millisecond before anything is compared."""
+_MOST_LABELS = 10_000
+"""Of a classifier that a config may once have had: transformers makes a table of them."""
 _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(en|de)coder_layers")
+_SIZES = re.compile(r"\w*(size|dim|heads?|embd|inner|width)|d_\w+")
+_LARGE_SIZE = 1_000_000
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+_LABELS = ("num_labels", "id2label", "label2id")
+_IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _QUANTIZED = ("quantization_config", "compression_config")
 _LOCAL_ATTENTION = (None, "eager", "sdpa")
 _LOCAL_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -51,24 +61,32 @@ def read_config(files: ModelFiles) -> PreTrainedConfig:
 
     Raises:
         ChangedModelError: There is an adapter beside the model.
+        IncompleteWeightsError: More layers than any model has.
         QuantizedWeightsError: The config says how the weights were quantised.
         UnsupportedModelError: transformers has no causal language model for it, or it names other weight files.
-        ModelLoadError: It cannot be read.
+        UnreadableFileError: It cannot be read.
+        ModelLoadError: No model can be made as it says.
     """
     check_no_adapter(files)
-    _check_settings(files)
+    settings = _settings_of(files)
+    _check_settings(files, settings)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError) as error:
+        known = isinstance(model_type := settings.get("model_type"), str) and model_type in CONFIG_MAPPING
+        # What transformers says of a type that it does not know is a page about how to install it.
+        reason = (
+            str(error) if known else f"config.json says model_type={model_type!r}, which transformers does not have"
+        )
         raise UnsupportedModelError(
-            f"cannot load {files.what}: {error}. What to do: only architectures that transformers itself has are "
+            f"cannot load {files.what}: {reason}. What to do: only architectures that transformers itself has are "
             "loaded, and no code of a model's repository is run; look for a conversion (OLMo's are named -hf)"
-        ) from error
+        ) from None
     except OSError as error:
-        raise ModelLoadError(f"cannot load {files.what}: {error}. What to do: {files.repair}") from error
-    except Exception as error:
+        raise ModelLoadError(f"cannot load {files.what}: {error}. What to do: {files.repair}") from None
+    except Exception as error:  # noqa: BLE001
         # Configs compute sizes from sizes: a value of any kind can fail in any way.
-        raise _no_such_model(files, error) from error
+        raise _no_such_model(files, error) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"cannot load {files.what}: {config.model_type!r} is no causal language model. What to do: load a model "
@@ -93,7 +111,7 @@ def check_no_adapter(files: ModelFiles) -> None:
     Raises:
         ChangedModelError: There is one.
     """
-    if (files.folder / "adapter_config.json").is_file():
+    if os.path.lexists(files.folder / "adapter_config.json"):
         raise ChangedModelError(
             f"cannot load {files.what}: adapter_config.json says that it holds an adapter (LoRA or the like), which a "
             "hooked model would leave out. What to do: merge it into the weights once, with the package peft,\n"
@@ -109,9 +127,10 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _parts(part)
 
 
-def _check_settings(files: ModelFiles) -> None:
+def _check_settings(files: ModelFiles, settings: dict[str, Any]) -> None:
     """Refuse what can be read off the bare text of a config, before transformers acts on it."""
-    for name, value in _settings(_read_json(files)):
+    for name, value in _settings(settings):
+        wrong = None
         if _LAYERS.fullmatch(name) and isinstance(value, int) and value > _MOST_LAYERS:
             raise IncompleteWeightsError(
                 f"cannot load {files.what}: config.json says {name}={value:,}, more layers than any model has. What to "
@@ -126,29 +145,47 @@ def _check_settings(files: ModelFiles) -> None:
                 "something else than the model in model.safetensors. What to do: remove the setting, if that is the "
                 "model that you mean"
             )
+        if (
+            name in _LABELS
+            and (value if isinstance(value, int) else len(value) if isinstance(value, dict) else 0) > _MOST_LABELS
+        ):
+            wrong = f"more labels than {_MOST_LABELS:,}: it is a classifier's"
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong = "which is no number"
+        elif name in _CONTEXT and isinstance(value, int) and value < 1:
+            wrong = "which leaves no room for a token"
+        elif _IMPLEMENTATIONS.fullmatch(name) and not isinstance(value, (str, dict, type(None))):
+            wrong = "which is no name"
+        if wrong:
+            raise ModelLoadError(
+                f"cannot load {files.what}: config.json says {name}={str(value)[:80]}, {wrong}. What to do: {files.repair}"
+            )
 
 
-def _read_json(files: ModelFiles) -> Any:
-    try:
-        return json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"cannot load {files.what}: config.json cannot be read ({error}). What to do: {files.repair}"
-        ) from error
+def _settings_of(files: ModelFiles) -> dict[str, Any]:
+    settings = read_settings(files, "config.json")
+    if settings is None:
+        raise ModelNotFoundError(f"cannot load {files.what}: it has no config.json. What to do: {files.repair}")
+    return settings
 
 
 def _settings(config: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield name, value
-            yield from _settings(value)
+    left = [config]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+            left.extend(part.values())
 
 
-def check_weights(files: ModelFiles, config: PreTrainedConfig, headers: dict[str, torch.Tensor]) -> None:
+def check_weights(files: ModelFiles, config: PreTrainedConfig, headers: dict[str, torch.Tensor]) -> int:
     """Refuse weights that are not those that the config asks for, by name, shape and dtype.
 
     Masks and tables that follow from the config, which old files hold, and whatever transformers itself says it can
     leave out of an architecture's files, are accepted.
+
+    Returns:
+        How many numbers the model holds beyond its weights: masks and tables of the length that the config says.
 
     Raises:
         QuantizedWeightsError: A weight has a dtype of less than 16 bits, or none of floating point.
@@ -158,6 +195,7 @@ def check_weights(files: ModelFiles, config: PreTrainedConfig, headers: dict[str
 
     Cost: the model is built without numbers, milliseconds for each layer and no memory; twice where a dtype is odd.
     """
+    _check_sizes(files, sum(header.numel() for header in headers.values()))
     compared = _compare(files, config, headers)
     plain = {name: header for name, header in headers.items() if _is_plain(header.dtype)}
     if len(plain) < len(headers):
@@ -170,13 +208,23 @@ def check_weights(files: ModelFiles, config: PreTrainedConfig, headers: dict[str
             raise quantized_weights(files, [*quantized[:3], f"dtypes {', '.join(dtypes)}"])
     facts = _differences(compared, "in the files")
     if not facts:
-        return
+        return sum(buffer.numel() for buffer in compared.model.buffers())
     if unknown := _unknown_settings(files, config):
         facts.append(
             f"config.json has settings that {config.model_type!r} in transformers does not: {shortened(unknown)} (if they "
             "are the sizes, a conversion of the model is wanted; OLMo's are named -hf)"
         )
     raise _error(compared)(f"cannot load {files.what}: {'; '.join(facts)}. What to do: {_remedy(files, compared)}")
+
+
+def _check_sizes(files: ModelFiles, n_numbers: int) -> None:
+    """Refuse sizes beyond all that is there: tables of them are made before any weight is compared."""
+    for name, value in _settings(_settings_of(files)):
+        if _SIZES.fullmatch(name) and isinstance(value, int) and value > max(_LARGE_SIZE, n_numbers):
+            raise WeightShapeError(
+                f"cannot load {files.what}: config.json says {name}={str(value)[:30]}, but all weights in the files together "
+                f"have {n_numbers:,} numbers. What to do: take config.json and weights from the same place and revision"
+            )
 
 
 def check_own_weights(model: PreTrainedModel) -> None:
@@ -261,8 +309,7 @@ def _listed(names: set[str]) -> str:
 
 def _unknown_settings(files: ModelFiles, config: PreTrainedConfig) -> list[str]:
     known = {*type(config)().to_dict(), *config.attribute_map, *PreTrainedConfig().to_dict(), "torch_dtype", "auto_map"}
-    settings = _read_json(files)
-    return sorted(name for name in settings if name not in known and not name.startswith("_"))
+    return sorted(name for name in _settings_of(files) if name not in known and not name.startswith("_"))
 
 
 @dataclass(frozen=True)
@@ -277,7 +324,8 @@ class _Comparison:
 def _compare(files: ModelFiles, config: PreTrainedConfig, headers: dict[str, torch.Tensor]) -> _Comparison:
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     by_name = {cls.__name__: cls for cls in (classes if isinstance(classes, (list, tuple)) else (classes,))}
-    named = [by_name[name] for name in config.architectures or () if name in by_name]
+    architectures = config.architectures if isinstance(config.architectures, list) else []
+    named = [by_name[name] for name in architectures if isinstance(name, str) and name in by_name]
     cls = (named or list(by_name.values()))[0]
     if cls.config_class is not type(config) and cls.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()  # as transformers' AutoModelForCausalLM does
@@ -298,8 +346,8 @@ def _compare(files: ModelFiles, config: PreTrainedConfig, headers: dict[str, tor
             f"cannot load {files.what}: config.json asks for more than {error.args[0]:,} weights (num_hidden_layers="
             f"{layers}), but the files hold {len(headers):,}. What to do: {files.repair}"
         ) from None
-    except Exception as error:
-        raise _no_such_model(files, error) from error
+    except Exception as error:  # noqa: BLE001  a value of any kind can fail in any way
+        raise _no_such_model(files, error) from None
     return _Comparison(
         missing=set(report["missing_keys"]),
         unexpected={name for name in report["unexpected_keys"] if not _NO_WEIGHTS.search(name)},
@@ -309,9 +357,10 @@ def _compare(files: ModelFiles, config: PreTrainedConfig, headers: dict[str, tor
 
 
 def _no_such_model(files: ModelFiles, error: Exception) -> ModelLoadError:
+    shown = str(error)[:500]
     return ModelLoadError(
         f"cannot load {files.what}: no model can be made as config.json says, or not from these weights "
-        f"({type(error).__name__}: {error}). What to do: take config.json and weights from the same place and revision"
+        f"({type(error).__name__}: {shown}). What to do: take config.json and weights from the same place and revision"
     )
 
 

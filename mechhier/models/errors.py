@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: line breaks stay, all else that has no glyph is written as its escape.
+
+    Example:
+        >>> printable("a name\x1b[2J")
+        'a name\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 class ModelLoadError(ValueError):
-    """A model could not be loaded; the message says what was wrong and what to do."""
+    """A model could not be loaded; the message says what was wrong and what to do.
+
+    Messages quote names and settings of files that anybody may have written: they are made `printable`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UnsupportedModelError(ModelLoadError):
@@ -45,6 +66,10 @@ class ChangedModelError(ModelLoadError):
 
 class TokenizerError(ModelLoadError):
     """Files of a tokenizer are there, but they give none; the message says what is wrong with them."""
+
+
+class UnreadableFileError(ModelLoadError):
+    """A file may not be read, is no file, is larger than any of its kind, or is not in the format it should be in."""
 
 
 class NoSafetensorsError(ModelLoadError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,24 +33,28 @@ from mechhier.models.errors import (
     MissingRevisionError,
     ModelLoadError,
     ModelNotFoundError,
-    TokenizerError,
     UnsupportedModelError,
     WrongDtypeError,
 )
+from mechhier.models.folder import ModelFiles, is_there, read_settings
 from mechhier.models.hooked import VERIFICATION
 from mechhier.models.identity import parameters_hash, state_hash
+from mechhier.models.planted.answers import PlantedModel
 from mechhier.models.quiet import quiet_transformers
 from mechhier.models.revision import (
     cached_hub_revisions,
     hub_revisions,
+    is_run,
     missing_revision,
     no_such_hub_model,
     parse_revision,
     revision_folders,
 )
-from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, RunError, check_checkpoint
+from mechhier.models.run import CHECKPOINTS, MANIFEST, Manifest, Run, RunError, check_checkpoint
+from mechhier.models.spec import ModelSpec
+from mechhier.models.tokenizer import read_tokenizer
 from mechhier.models.torch_state import in_default_torch_state
-from mechhier.models.weights import ModelFiles, check_memory, read_headers
+from mechhier.models.weights import check_memory, read_headers
 from mechhier.models.wrapping import hooked_transformer_class, to_bridge, to_hooked_transformer
 
 if TYPE_CHECKING:
@@ -68,10 +71,6 @@ Processing = Literal["none", "folded"]
 _ATTRIBUTE = "_mechhier_model_info"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
-_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")
-_TOKENIZERS = (*_VOCABULARIES, "tokenizer_config.json", "merges.txt")
-_LEAST_MERGED = 0.9
-"""Of the words of a byte-pair vocabulary: special tokens are not merged, and are few; a file that is cut short makes less."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -113,7 +112,7 @@ class ModelInfo:
 
 @in_default_torch_state
 def load_model(
-    source: str | Path | PreTrainedModel | HookedModel,
+    source: str | os.PathLike[str] | Run | PreTrainedModel | PlantedModel | HookedModel,
     *,
     revision: str | None = None,
     as_: ModelClass | None = None,
@@ -136,12 +135,13 @@ def load_model(
     the hub's cache (of this machine, or shared by a cluster) loads without network.
 
     Args:
-        source: One of: the folder of a run's checkpoint or of any Hugging Face model; a folder of revisions, that is
-            with one such folder for each (`OLMo-1B-hf/step1000-tokens4B/`); a hub name such as
-            `"allenai/OLMo-1B-hf"`; a Hugging Face causal language model in memory (copied, never changed); a
-            `HookedTransformer` or `TransformerBridge` (returned as it is).
-        revision: Branch, tag or commit of a hub model, or the subfolder of a folder of revisions; `revisions` lists
-            them.
+        source: One of: the folder of a run's checkpoint or of any Hugging Face model; a finished run or its folder, for
+            its last checkpoint (`Run.load` takes any step); a folder of revisions, that is with one such folder for
+            each (`OLMo-1B-hf/step1000-tokens4B/`, `output/checkpoint-500/`); a hub name such as
+            `"allenai/OLMo-1B-hf"`; a Hugging Face causal language model in memory (copied, never changed), a planted
+            model too; a `HookedTransformer` or `TransformerBridge` (returned as it is).
+        revision: Branch, tag or commit of a hub model, or the subfolder of a folder of revisions or of a run;
+            `revisions` lists them.
         as_: `"hooked"` for `HookedTransformer` (TransformerLens 3 only), `"bridge"` for `TransformerBridge`; None takes
             the first where it can represent the model exactly, else the second.
         device: Where to put the model. None: a model in memory stays where it is; else CUDA where there is one, else
@@ -166,10 +166,12 @@ def load_model(
         NoSafetensorsError: No safetensors weights.
         ChangedModelError: A model with an adapter (in memory or in the folder), with forward hooks, parametrized
             weights or replaced functions, or whose weights are not in memory: a hooked model would leave them out.
-        TokenizerError: Files of a tokenizer that give none.
+        TokenizerError: Files of a tokenizer that give none, or one with words that the model has no embedding for.
         UnsupportedModelError: An architecture that transformers or TransformerLens does not know, or whose folded
             weights would be wrong, or a setting that TransformerLens ignores; a hooked model whose logits are not Hugging
             Face's or not finite, that is not causal, or that has no attention and residual stream in every layer.
+        UnreadableFileError: A file that may not be read, is none (a folder, a pipe), is no JSON where it should be, or is
+            larger than any of its kind.
         WrongDtypeError: None of the four dtypes, or folding in less than float32.
         NotEnoughMemoryError: The weights do not fit into the device's free memory.
         ModelLoadError: Options that do not apply to the source; the base class of all of the above.
@@ -194,7 +196,13 @@ def load_model(
         raise ModelLoadError(f"processing must be 'none' or 'folded', not {processing!r}")
     chosen_dtype = None if dtype is None else _floating(dtype)
     chosen_device = None if device is None else _present(device)
-    if not isinstance(source, (str, Path)):
+    if isinstance(source, Run):
+        source = source.path
+    elif isinstance(source, PlantedModel):
+        source = source.model
+    if revision is not None and not isinstance(revision, str):
+        raise ModelLoadError(f"revision must be the name of one, such as 'step1000-tokens4B', not {revision!r}")
+    if not isinstance(source, (str, os.PathLike)):
         if revision is not None:
             raise ModelLoadError("revision applies to hub names and folders of revisions; this model is in memory")
         return _from_memory(
@@ -294,29 +302,53 @@ def _present(device: str | torch.device) -> torch.device:
 # Where the files are.
 
 
-def _locate(source: str | Path, revision: str | None) -> tuple[ModelFiles, ModelInfo]:
+def _locate(source: str | os.PathLike[str], revision: str | None) -> tuple[ModelFiles, ModelInfo]:
     """The files, and all that is known of the model but its architecture, which the config will say."""
-    path = Path(source).expanduser()
-    if path.is_dir():
+    name = os.fspath(source)
+    path = _path(name)
+    if path is not None and path.is_dir():
         return _folder(path) if revision is None else _folder_of_revision(path, revision)
-    if isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
-        raise ModelNotFoundError(f"no folder {path}, and {str(source)!r} is not a hub name of the form 'owner/name'")
-    return _hub_model(source, revision)
+    if path is not None and path.exists():
+        raise ModelNotFoundError(
+            f"{path} is a file. What to do: give the folder that it lies in, {str(path.resolve().parent)!r}, if that holds "
+            "config.json and the weights as safetensors; no other kind of file holds a whole model"
+        )
+    if not isinstance(source, str) or not _HUB_NAME.fullmatch(name):
+        hub = re.search(r"huggingface\.co/([\w.-]+/[\w.-]+)", name)
+        raise ModelNotFoundError(
+            f"there is no folder {name!r}, and it is no hub name of the form 'owner/name'. What to do: "
+            + (f"load_model({hub[1]!r})" if hub else "check the spelling, and the folder that the program runs in")
+        )
+    return _hub_model(name, revision)
+
+
+def _path(name: str) -> Path | None:
+    """Where a name points to; None where no file system has such names."""
+    if not name:
+        return None  # and not the folder that the program runs in
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, the home of nobody
+        return None
+    return path
 
 
 def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
     files = ModelFiles(path, what=f"folder {path}", original=repr(str(path)))
     check_no_adapter(files)
-    if not (path / "config.json").is_file():
+    if not is_there(files, "config.json"):
+        if is_run(path):
+            return _folder(_last_checkpoint(path))
         raise _no_model(path)
-    info = ModelInfo(name=path.resolve().name, architecture="")
+    folder = path.resolve()
+    info = ModelInfo(name=folder.name, architecture="", step=_step(folder.name))
     run = _run_of(path)
     if run is not None:
         home, manifest = run
         info = replace(
             info,
             name=manifest.name(home),
-            step=int(info.name.removeprefix("step-")),
             grammar=Corpus.from_description(manifest.corpus).grammar,
             arm=manifest.arm,
             seed=manifest.train.seed,
@@ -324,31 +356,45 @@ def _folder(path: Path) -> tuple[ModelFiles, ModelInfo]:
     return files, info
 
 
+def _last_checkpoint(run: Path) -> Path:
+    try:
+        return Run.open(run).checkpoint("last")
+    except RunError as error:
+        checkpoints = run / CHECKPOINTS
+        raise ModelNotFoundError(
+            f"cannot load the last checkpoint of {run}: {error}. Those that there are: "
+            f"mechhier.models.revisions({str(run)!r}) lists them, load_model({str(run)!r}, revision=...) loads one of them "
+            f"(they lie in {checkpoints})"
+        ) from None
+
+
 def _no_model(path: Path) -> ModelLoadError:
-    if (path / CHECKPOINTS).is_dir():
-        return ModelNotFoundError(
-            f"{path} is a run, not a checkpoint: use Run.open({str(path)!r}).load(step) or one of the folders in "
-            f"{path / CHECKPOINTS}"
-        )
     names = revision_folders(path)
     if names:
         return MissingRevisionError(
             f"{path} is a folder of {len(names)} revisions; say which one with revision=, for example "
-            f"{', '.join(names[:3])}. mechhier.models.revisions({str(path)!r}) lists them in order of training"
+            f"{', '.join(map(repr, names[:3]))}. mechhier.models.revisions({str(path)!r}) lists them in order of training"
         )
     return ModelNotFoundError(f"{path} holds no model: there is no config.json in it, nor in its subfolders")
 
 
 def _folder_of_revision(path: Path, revision: str) -> tuple[ModelFiles, ModelInfo]:
-    folder = path / revision
-    if not (folder / "config.json").is_file():
-        names = revision_folders(path)
-        if not names:
-            raise ModelLoadError(
-                f"revision applies to hub names and folders of revisions only; {path} has no subfolder with a model"
-            )
+    names = revision_folders(path)
+    if not names:
+        raise ModelLoadError(
+            f"revision applies to hub names, runs and folders of revisions only; {path} has no subfolder with a model"
+        )
+    if revision not in names:
         raise missing_revision(revision, names, where=str(path))
-    info = ModelInfo(name=path.resolve().name, architecture="", revision=revision, step=_step(revision))
+    if is_run(path):
+        return _folder(path / CHECKPOINTS / revision)
+    folder = path / revision
+    name = path.resolve().name
+    info = ModelInfo(name=name, architecture="", revision=revision, step=_step(revision))
+    run = _run_of(folder)
+    if run is not None:
+        files, info = _folder(folder)
+        return files, info
     return ModelFiles(folder, what=f"folder {folder}", original=repr(str(folder))), info
 
 
@@ -370,7 +416,7 @@ def _hub_model(name: str, revision: str | None) -> tuple[ModelFiles, ModelInfo]:
     original = repr(name) + (f", revision={revision!r}" if revision else "")
     files = ModelFiles(Path(folder), what=what, original=original, repair=repair)
     check_no_adapter(files)
-    if not (files.folder / "config.json").is_file():
+    if not is_there(files, "config.json"):
         raise ModelNotFoundError(f"{what} has no config.json. What to do: {repair}")
     return files, info
 
@@ -432,12 +478,14 @@ def _from_files(
         config = read_config(files)
         _check_processing(processing, config.model_type, dtype)
         headers = read_headers(files)
-        check_memory(files, sum(header.numel() for header in headers.values()), dtype=dtype, device=device)
-        check_weights(files, config, headers)
+        n_weights = sum(header.numel() for header in headers.values())
+        check_memory(files, n_weights, dtype=dtype, device=device)
+        n_tables = check_weights(files, config, headers)
+        check_memory(files, n_weights + n_tables, dtype=dtype, device=device)
+        tokenizer = read_tokenizer(files, config.get_text_config().vocab_size)
         model = _read_weights(files, config, dtype=dtype, device=device)
         model.config.name_or_path = info.name
         info = replace(info, weights_hash=state_hash(model))
-        tokenizer = _read_tokenizer(files)
         hooked = _wrap(model, tokenizer=tokenizer, as_=as_, processing=processing, verify=verify)
     return _attach(hooked, replace(info, architecture=config.model_type, processing=processing))
 
@@ -445,6 +493,7 @@ def _from_files(
 def _read_weights(
     files: ModelFiles, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
+    read_settings(files, "generation_config.json")  # transformers takes a damaged one for none
     try:
         return AutoModelForCausalLM.from_pretrained(
             files.folder,
@@ -455,46 +504,11 @@ def _read_weights(
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # noqa: BLE001  generation_config.json can say anything
         raise ModelLoadError(
-            f"cannot load {files.what}: {error}\nWhat to do: the folder must hold the config.json and the safetensors "
-            "weights of one causal language model"
-        ) from error
-
-
-def _read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the weights; None where there is none, which every probe accepts."""
-    present = sorted({path.name for pattern in _TOKENIZERS for path in files.folder.glob(pattern)})
-    if not present:
-        return None
-    # Where there is no vocabulary, transformers invents a tokenizer of a few tokens for gpt2, gpt_neox and olmo.
-    if not any(path for pattern in _VOCABULARIES for path in files.folder.glob(pattern)):
-        raise _no_tokenizer(files, present, "there is no vocabulary")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the package tokenizers raises no narrower class
-        raise _no_tokenizer(files, present, str(error)) from error
-    if (merged := _share_merged(files.folder)) < _LEAST_MERGED:
-        raise _no_tokenizer(files, present, f"merges.txt makes only {merged:.0%} of the words in vocab.json")
-    return tokenizer
-
-
-def _share_merged(folder: Path) -> float:
-    """How much of a byte-pair vocabulary its merges make: text cannot have the rest. 1 where it is in one file."""
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if (folder / "tokenizer.json").is_file() or not (vocabulary.is_file() and merges.is_file()):
-        return 1.0
-    made = {line.replace(" ", "") for line in merges.read_text(encoding="utf-8").splitlines()}
-    words = [word for word in json.loads(vocabulary.read_text(encoding="utf-8")) if len(word) > 1]
-    return sum(word in made for word in words) / len(words) if words else 1.0
-
-
-def _no_tokenizer(files: ModelFiles, present: list[str], reason: str) -> TokenizerError:
-    return TokenizerError(
-        f"cannot load {files.what}: it has files of a tokenizer ({', '.join(present)}), which cannot be read: {reason}. "
-        f"What to do: {files.repair}. Or do without a tokenizer, with\n"
-        f"  load_model(AutoModelForCausalLM.from_pretrained({files.original}))"
-    )
+            f"cannot load {files.what}: {str(error)[:500]}\nWhat to do: the folder must hold the config.json, the "
+            "generation_config.json (or none) and the safetensors weights of one causal language model"
+        ) from None
 
 
 def _wrap(
@@ -576,11 +590,9 @@ def _from_memory(
     if kind is None:
         if is_adapter(source):
             check_unchanged(source)
-        children = source.named_children() if isinstance(source, torch.nn.Module) else ()
-        inner = [name for name, child in children if isinstance(child, PreTrainedModel)]
         raise ModelLoadError(
-            f"cannot load a {type(source).__name__}: give a folder, a hub name, a Hugging Face causal language model, "
-            f"a HookedTransformer or a TransformerBridge{f'; here, the model within: .{inner[0]}' if inner else ''}"
+            f"cannot load {_a(source)}: give a folder, a hub name, a Run, a Hugging Face causal language model, "
+            f"a HookedTransformer or a TransformerBridge{_instead_of(source)}"
         )
     if as_ not in (None, kind):
         raise ModelLoadError(f"the model is already a {type(source).__name__}; as_={as_!r} cannot convert it")
@@ -591,6 +603,32 @@ def _from_memory(
     if VERIFICATION not in source.__dict__:
         verification.verify(source) if verify else verification.skip(source)
     return source if model_info(source) else _attach(source, _info_of_hooked(source, kind))
+
+
+def _a(source: Any) -> str:
+    return "None" if source is None else f"a {type(source).__name__}"
+
+
+def _instead_of(source: Any) -> str:
+    """What was probably meant."""
+    if isinstance(source, torch.nn.Module):
+        inner = [name for name, child in source.named_children() if isinstance(child, PreTrainedModel)]
+        return f"; here, the model within: .{inner[0]}" if inner else ""
+    if isinstance(source, Corpus):
+        return ". A corpus is what a model is trained on: run = mechhier.train(spec, corpus, out='runs/a'), then run.load('last')"
+    if isinstance(source, ModelSpec):
+        return ". A ModelSpec has no weights: spec.build(...) makes random ones, mechhier.train(spec, corpus, out) trains them"
+    if isinstance(source, PreTrainedTokenizerBase):
+        return f". A tokenizer has no weights: give the folder or the hub name of its model ({source.name_or_path!r}?)"
+    if isinstance(source, PreTrainedConfig):
+        return ". A config has no weights: AutoModelForCausalLM.from_config(config) makes random ones"
+    if isinstance(source, Mapping):
+        return ". Weights alone are no model: put them into one with model.load_state_dict(weights), and give that"
+    if isinstance(source, (list, tuple, set)):
+        return ". One at a time: [load_model(source) for source in sources]"
+    if isinstance(source, bytes):
+        return ". A path is text: give os.fsdecode(path)"
+    return ""
 
 
 def _hooked_kind(model: Any) -> ModelClass | None:

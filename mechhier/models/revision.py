@@ -2,13 +2,15 @@
 
 Names as they are found on the hub: `step1000-tokens4B` (OLMo), `stage1-step1000-tokens5B` and
 `stage2-ingredient1-step1000-tokens5B` (OLMo-2: two stages, the second trained on several mixtures of data in
-parallel), `stage1-step1000` (OLMo-3), `step143000` (Pythia).
+parallel), `stage1-step1000` (OLMo-3), `step143000` (Pythia); and as training programs name their folders:
+`checkpoint-500` (transformers), `global_step500` (DeepSpeed, GPT-NeoX), `iter_0000500` (Megatron), `step-000500` (ours).
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -29,12 +31,13 @@ from huggingface_hub.errors import (
 
 from mechhier.files import write_whole
 from mechhier.models.errors import HubUnreachableError, MissingRevisionError, ModelNotFoundError
+from mechhier.models.run import CHECKPOINTS, MANIFEST
 
 LISTING_HOURS = 24
 """A cached listing younger than this is used without asking the hub."""
 
 _NAME = re.compile(
-    r"(?:(?P<stage>.+?)[-_])?step[-_]?(?P<step>\d+)(?:[-_]tokens(?P<tokens>\d+(?:\.\d+)?)(?P<unit>[KMBT]))?"
+    r"(?:(?!global[-_])(?P<stage>.+?)[-_])?(?:global[-_]?step|step|iteration|iter|checkpoint|ckpt)[-_]?(?P<step>\d{1,18})(?:[-_]tokens(?P<tokens>\d+(?:\.\d+)?)(?P<unit>[KMBT]))?"
 )
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _FIRST_STAGE = "stage1"
@@ -78,17 +81,18 @@ def revisions(
 ) -> list[Revision]:
     """List a model's published checkpoints in the order of training, or pick some of them.
 
-    Branches of a hub repository whose name is a training step, or subfolders of a local mirror that are named so and
-    hold a `config.json`; names that are no steps (`main`) are left out. Where a repository has two names for one step
-    of a stage, the longer one is kept. In a repository with stages, names without one belong to the first (so are
-    some early checkpoints of OLMo-2 named).
+    Branches of a hub repository whose name is a training step, or subfolders that are named so and hold a
+    `config.json`, of a local mirror, of a training's output (`checkpoint-500`, `step_500`, `global_step500`,
+    `iter_0000500`) or of one of our runs; other names (`main`, `step-000060.bak`) are left out. Where a repository has
+    two names for one step of a stage, the longer one is kept. In a repository with stages, names without one belong to
+    the first (so are some early checkpoints of OLMo-2 named).
 
     What the hub answers is kept in `HF_HOME/mechhier/revisions`, so that a node without network lists what a node
     with network has listed before. A listing younger than 24 hours is used without asking; an older one only when the
     hub cannot be reached; `refresh=True` always asks, and fails without network.
 
     Args:
-        source: A hub name such as `"allenai/OLMo-1B-hf"`, or a folder of revisions.
+        source: A hub name such as `"allenai/OLMo-1B-hf"`, a folder of revisions, or a run's folder.
         n: How many to pick, at least 2, the first and the last among them, all distinct; None or more than there are:
             all.
         spacing: Picks are the nearest to points spaced evenly in steps (`"even"`) or in their logarithm (`"log"`).
@@ -148,9 +152,16 @@ def missing_revision(wanted: str, names: Sequence[str], *, where: str) -> Missin
     )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one of our runs: its checkpoints are then the revisions."""
+    return (folder / MANIFEST).is_file() and (folder / CHECKPOINTS).is_dir()
+
+
 def revision_folders(folder: Path) -> list[str]:
-    """Names of the subfolders of a local mirror that hold a model."""
-    return sorted(config.parent.name for config in folder.glob("*/config.json"))
+    """Names of the subfolders of a local mirror, or of a run's checkpoints, that hold a model."""
+    within = folder / CHECKPOINTS if is_run(folder) else folder
+    # One look at each: a folder can have a hundred thousand entries. A link that leads in a circle is none of them.
+    return sorted(entry.name for entry in os.scandir(within) if os.path.isfile(os.path.join(entry.path, "config.json")))
 
 
 def hub_revisions(name: str, *, refresh: bool = False) -> list[str]:

@@ -93,11 +93,11 @@ def hugging_face(model: PreTrainedModel) -> Expected:
     try:
         with torch.no_grad():
             return Expected(rows, model.eval()(input_ids=rows.to(model.device), use_cache=False).logits)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a model of any kind can fail in any way
         raise UnsupportedModelError(
             f"Hugging Face's own {type(model).__name__} does not give logits for {rows.shape[1]} tokens "
             f"({type(error).__name__}: {error}). What to do: load a causal language model, which needs nothing but tokens"
-        ) from error
+        ) from None
 
 
 def _rows(d_vocab: int, n_ctx: int) -> Int[Tensor, "row pos"]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import os
+import struct
 from pathlib import Path
 
 import psutil
@@ -15,12 +15,20 @@ from mechhier.models.errors import (
     NoSafetensorsError,
     NotEnoughMemoryError,
     QuantizedWeightsError,
+    UnreadableFileError,
 )
+from mechhier.models.folder import ModelFiles, is_there, read_settings
 
 # Peak memory of a load over the weights in the wanted dtype: see benchmarks/loading.py.
 _PEAK = 1.1
 _SHOWN = 5
 """Names in one message."""
+_INDEX = "model.safetensors.index.json"
+_LONGEST_NAME = 255
+_MOST_HEADER = 4 * 2**20
+"""Bytes of one file's header: 30,000 weights. A file of a published model holds a tenth of that."""
+_MANY, _LEAST_SIZE = 10_000, 1000
+"""From so many weights on they have as many numbers each, on average: every weight costs time, before it is read."""
 _STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,19 +53,6 @@ _CONTROL_GROUP_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """A folder with a model in it, and how messages speak of it."""
-
-    folder: Path
-    what: str
-    """What it is called."""
-    original: str
-    """The arguments with which transformers' `from_pretrained` would find it."""
-    repair: str = "copy or download the folder once more"
-    """What to do when files in it are absent or damaged."""
-
-
 def read_headers(files: ModelFiles) -> dict[str, torch.Tensor]:
     """Name, shape and dtype of every weight in the files, as tensors without numbers (on the device `meta`).
 
@@ -66,29 +61,54 @@ def read_headers(files: ModelFiles) -> dict[str, torch.Tensor]:
 
     Raises:
         NoSafetensorsError: There are no safetensors weights.
-        IncompleteWeightsError: A file is absent, cut short or damaged.
+        IncompleteWeightsError: A file is absent, cut short or damaged, or two have a weight of one name.
         QuantizedWeightsError: A weight has a dtype that torch has no numbers for, of 4 or 6 bits.
+        UnreadableFileError: A file may not be read or is none, or its header is larger than any model's.
     """
     headers: dict[str, torch.Tensor] = {}
+    where: dict[str, str] = {}
     damaged, packed = [], []
     for path in _weight_files(files):
+        _check_header_size(files, path)
         try:
             with safe_open(path, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118
                     header = weights.get_slice(name)
+                    if where.setdefault(name, path.name) != path.name:
+                        raise _damaged(files, f"{name!r} is in {where[name]} and in {path.name}")
                     if (dtype := header.get_dtype()) in _STORED_DTYPES:
                         headers[name] = torch.empty(header.get_shape(), dtype=_STORED_DTYPES[dtype], device="meta")
                     else:
                         packed.append(f"{name} ({dtype})")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, OverflowError, TypeError) as error:
             damaged.append(f"{path.name} ({path.stat().st_size:,} bytes: {error})")
     if damaged:
-        raise IncompleteWeightsError(
-            f"cannot load {files.what}: cut short or damaged: {', '.join(damaged)}. What to do: {files.repair}"
-        )
+        raise _damaged(files, f"cut short or damaged: {shortened(damaged)}")
     if packed:
         raise quantized_weights(files, packed)
+    numbers = sum(header.numel() for header in headers.values())
+    if len(headers) > _MANY and numbers < _LEAST_SIZE * len(headers):
+        raise UnreadableFileError(
+            f"cannot load {files.what}: {shortened(sorted(set(where.values())))} announce {len(headers):,} weights of "
+            f"{numbers / len(headers):.0f} numbers on average, as no model has them. What to do: {files.repair}"
+        )
     return headers
+
+
+def _check_header_size(files: ModelFiles, path: Path) -> None:
+    with path.open("rb") as file:
+        announced = file.read(8)
+    size = struct.unpack("<Q", announced)[0] if len(announced) == 8 else 0
+    # More than the file holds is for safetensors to refuse.
+    if _MOST_HEADER < size < path.stat().st_size:
+        raise UnreadableFileError(
+            f"cannot load {files.what}: {path.name} begins with a header of {size:,} bytes, more than any model's "
+            f"({_MOST_HEADER:,}). What to do: {files.repair}"
+        )
+
+
+def _damaged(files: ModelFiles, reason: str) -> IncompleteWeightsError:
+    return IncompleteWeightsError(f"cannot load {files.what}: {reason}. What to do: {files.repair}")
 
 
 def quantized_weights(files: ModelFiles, what: list[str]) -> QuantizedWeightsError:
@@ -108,31 +128,46 @@ def shortened(names: list[str]) -> str:
 
 
 def _weight_files(files: ModelFiles) -> list[Path]:
-    single, index = files.folder / "model.safetensors", files.folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
+    if is_there(files, "model.safetensors"):
+        return [files.folder / "model.safetensors"]
+    index = read_settings(files, _INDEX, error=IncompleteWeightsError)
+    if index is None:
         raise _no_safetensors(files)
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IncompleteWeightsError(
-            f"cannot load {files.what}: {index.name} is damaged ({error}). What to do: {files.repair}"
-        ) from error
-    absent = [shard for shard in shards if not (files.folder / shard).is_file()]
-    if absent:
-        raise IncompleteWeightsError(
-            f"cannot load {files.what}: {len(absent)} of the {len(shards)} files that {index.name} names are not there: "
-            f"{', '.join(absent)}. What to do: {files.repair}"
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise _damaged(files, f"{_INDEX} is damaged: it has no weight_map from weights to files")
+    # An index may lead to any place of the machine: only files of the folder itself are the model's.
+    wrong = [shard for shard in named.values() if not _is_plain_name(shard)]
+    if wrong:
+        raise _damaged(
+            files, f"{_INDEX} is damaged: {str(wrong[0])[:80]!r} is no name of a safetensors file in the folder"
         )
+    shards = sorted(set(named.values()))
+    absent = [shard for shard in shards if not os.path.exists(files.folder / shard)]
+    if absent:
+        raise _damaged(
+            files,
+            f"{len(absent):,} of the {len(shards):,} files that {_INDEX} names are not there: {shortened(absent)}",
+        )
+    for shard in shards:
+        is_there(files, shard)
     return [files.folder / shard for shard in shards]
+
+
+def _is_plain_name(shard: object) -> bool:
+    return (
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and len(shard.encode(errors="replace")) <= _LONGEST_NAME
+        and not any(character in shard for character in "/\\:\0")
+    )
 
 
 def _no_safetensors(files: ModelFiles) -> NoSafetensorsError:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in files.folder.glob(pattern))
-    instead = f", but {', '.join(pickled)}" if pickled else ""
+    instead = f", but {shortened(pickled)}" if pickled else ""
     return NoSafetensorsError(
-        f"cannot load {files.what}: it has no model.safetensors and no model.safetensors.index.json{instead}. Only "
+        f"cannot load {files.what}: it has no model.safetensors and no {_INDEX}{instead}. Only "
         "safetensors are read, because opening a pickled file can run any code that its author put there. What to do: "
         "if you trust the author, convert it once, where that can do no harm, with\n"
         f"  AutoModelForCausalLM.from_pretrained({files.original}).save_pretrained(FOLDER)\n"

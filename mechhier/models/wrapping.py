@@ -195,7 +195,10 @@ def to_hooked_transformer(
     from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
     settings, converter = _HOOKED_TRANSFORMER[model_type]
-    chosen = settings(model.config)
+    try:
+        chosen = settings(model.config)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UnsupportedModelError(f"HookedTransformer cannot read this {model_type}'s config: {error!r}") from None
     if chosen["act_fn"] not in SUPPORTED_ACTIVATIONS:
         raise _unrepresentable("HookedTransformer", model.config, {"activation": chosen["act_fn"]})
     config = HookedTransformerConfig(
@@ -211,7 +214,10 @@ def to_hooked_transformer(
     with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
         # HookedTransformer announces its removal in 4.0 on every construction; we support both lines on purpose.
         warnings.simplefilter("ignore", DeprecationWarning)
-        hooked = cls(config, tokenizer=tokenizer, move_to_device=False)  # pyright: ignore[reportArgumentType]
+        try:
+            hooked = cls(config, tokenizer=tokenizer, move_to_device=False)  # pyright: ignore[reportArgumentType]
+        except Exception as error:  # noqa: BLE001  sizes and tokenizers can fail in any way
+            raise UnsupportedModelError(f"HookedTransformer cannot be made of this {model_type}: {error}") from None
     # TransformerLens takes any token around an empty text for one in front, an end-of-sequence token too.
     hooked.cfg.tokenizer_prepends_bos = _prepends_bos(hooked.tokenizer)
     with torch.no_grad():
@@ -288,10 +294,10 @@ def to_bridge(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | No
             raise UnsupportedModelError(
                 "this TransformerLens has no way to wrap a model without a tokenizer; save a tokenizer beside the model"
             )
-    except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError, TypeError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
-        raise UnsupportedModelError(f"TransformerBridge cannot wrap a {architecture}: {error}") from error
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # noqa: BLE001  an adapter can fail in any way
+        raise UnsupportedModelError(f"TransformerBridge cannot wrap a {architecture}: {error}") from None
     bridge.cfg.default_prepend_bos = prepends_bos
     # TransformerLens takes any token around an empty text for one in front, an end-of-sequence token too.
     bridge.cfg.tokenizer_prepends_bos = _prepends_bos(bridge.tokenizer)

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from random_models import ARCHITECTURES, CLASSES, CONTEXT, HAS_HOOKED_TRANSFORMER, VOCAB, random_hf, random_tokens
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -39,12 +40,14 @@ from mechhier.models.errors import (
     ModelNotFoundError,
     NoSafetensorsError,
     NotEnoughMemoryError,
+    UnreadableFileError,
     UnsupportedModelError,
     WrongDtypeError,
 )
 from mechhier.models.loading import ModelInfo, load_model, model_info
+from mechhier.models.planted import PLANTED
 from mechhier.models.revision import revisions
-from mechhier.models.run import Manifest, checkpoint_folder
+from mechhier.models.run import Manifest, Run, checkpoint_folder
 from mechhier.models.spec import ModelSpec, TrainSpec
 from mechhier.models.tokenizer import word_level_tokenizer
 
@@ -144,8 +147,10 @@ def test_a_runs_checkpoint_carries_its_grammar_step_and_tokenizer(tmp_path, kind
     assert model_info(hooked) == ModelInfo(name="my-run", architecture="llama", step=400, seed=0, grammar=grammar)
     text = [grammar.vocabulary[0], grammar.vocabulary[4], grammar.vocabulary[-1]]
     assert hooked.to_tokens(" ".join(text)).tolist() == [[0, 4, grammar.eos_token_id]]
-    with pytest.raises(ModelLoadError, match=r"is a run, not a checkpoint.*Run\.open"):
-        load_model(run)
+    for source in (run, str(run), Run.open(run)):
+        assert model_info(load_model(source, as_=kind)) == model_info(hooked)
+    assert model_info(load_model(run, revision="step-000400", as_=kind)) == model_info(hooked)
+    assert model_info(load_model(run / "checkpoints", revision="step-000400", as_=kind)) == model_info(hooked)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -399,7 +404,7 @@ def test_a_mirror_without_the_revision_or_without_a_choice_says_what_it_has(mirr
         MissingRevisionError, match=r"no revision 'step9000'.* 4 revisions .*: step10000-tokens42B, step2000"
     ):
         load_model(mirror, revision="step9000")
-    with pytest.raises(MissingRevisionError, match=r"folder of 4 revisions; say which .*main, step1000-tokens4B"):
+    with pytest.raises(MissingRevisionError, match=r"folder of 4 revisions; say which .*'main', 'step1000-tokens4B'"):
         load_model(mirror)
 
 
@@ -421,6 +426,30 @@ def test_scaled_rotary_embeddings_go_to_the_bridge():
         ("runs/pcfg/checkpoints/step-000400", {}, "no folder"),
         ("./nothing", {}, "no folder"),
         (3, {}, "cannot load a int"),
+        (None, {}, "cannot load None: give a folder, a hub name, a Run"),
+        ([], {}, r"cannot load a list.*\[load_model\(source\) for source in sources\]"),
+        ({"weight": torch.ones(1)}, {}, r"cannot load a dict.*model\.load_state_dict\(weights\)"),
+        (ModelSpec("llama", n_layers=1, d_model=16, n_heads=2), {}, r"cannot load a ModelSpec.*spec\.build"),
+        (LlamaConfig(), {}, r"cannot load a LlamaConfig.*AutoModelForCausalLM\.from_config"),
+        (
+            DocumentGrammar(n_words=3, n_connectors=2).corpus(tokens=64, context=16),
+            {},
+            "cannot load a Corpus.*mechhier.train",
+        ),
+        (
+            word_level_tokenizer(DocumentGrammar(n_words=3, n_connectors=2)),
+            {},
+            "cannot load a .*A tokenizer has no weights",
+        ),
+        (b"runs/a", {}, r"cannot load a bytes.*os\.fsdecode"),
+        (__file__, {}, r"test_loading\.py is a file.*give the folder that it lies in"),
+        (Path(__file__), {}, r"test_loading\.py is a file.*give the folder that it lies in"),
+        ("", {}, "no folder ''"),
+        ("a\0b", {}, r"no folder 'a\\x00b'"),
+        ("x" * 100_000, {}, "no folder"),
+        ("~nobody-of-this-name/models/a", {}, "no folder"),
+        ("https://huggingface.co/allenai/OLMo-1B-hf", {}, r"load_model\('allenai/OLMo-1B-hf'\)"),
+        ("gpt2", {"revision": 1000}, "revision must be the name of one"),
         (torch.nn.Linear(1, 1), {}, "cannot load a Linear"),
         ("gpt2", {"as_": "hooked_transformer"}, "as_ must be"),
     ],
@@ -430,8 +459,63 @@ def test_what_is_no_model_is_refused(source, options, message):
         load_model(source, **options)
 
 
+def test_a_planted_model_is_loaded_as_the_model_within():
+    planted = PLANTED["inert"]()
+    tokens = planted.tokens(2)
+    with torch.no_grad():
+        expected = planted.model(tokens).logits
+        torch.testing.assert_close(load_model(planted)(tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_a_run_that_has_not_finished_says_how_to_load_what_there_is(tmp_path):
+    grammar = DocumentGrammar(n_words=3, n_connectors=2)
+    corpus = grammar.corpus(tokens=320, context=16)
+    spec = ModelSpec("llama", n_layers=1, d_model=16, n_heads=2)
+    spec.build(vocab_size=grammar.vocab_size, n_ctx=16, eos_token_id=0).save_pretrained(checkpoint_folder(tmp_path, 3))
+    Manifest(
+        model=spec, train=TrainSpec(), corpus=corpus.description, steps=400, device="cpu", versions={}, finished=False
+    ).write(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"has not finished.*revisions\(.*revision=\.\.\.\)"):
+        load_model(tmp_path)
+    (listed,) = revisions(tmp_path)
+    assert model_info(load_model(tmp_path, revision=listed.name)).step == 3
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "step_500", "step-000500", "global_step500", "iter_0000500"])
+def test_a_folder_that_is_named_as_a_step_is_one(name, folder):
+    folder = folder.rename(folder.parent / name)
+    assert model_info(load_model(folder)).step == 500
+    assert model_info(load_model(folder.parent, revision=name)).step == 500
+
+
+@pytest.mark.parametrize("source", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_belongs_to_another_user_may_not_be_read(source, folder, monkeypatch):
+    """Root reads everything: the system's answer is put in."""
+    grammar = DocumentGrammar(n_words=3, n_connectors=2)
+    word_level_tokenizer(grammar).save_pretrained(folder)
+    plain = open
+
+    def refusing(path, *arguments, **options):
+        if str(path) == str(folder / source):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    with pytest.raises(UnreadableFileError, match=rf"{source} may not be read by this user.*chmod a\+r"):
+        load_model(folder)
+
+
+def test_an_error_of_the_weights_file_while_it_is_read_names_the_folder(folder, monkeypatch):
+    def failing(*_, **__):
+        raise SafetensorError("I/O error: Input/output error")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing)
+    with pytest.raises(ModelLoadError, match=rf"cannot load folder {folder}: I/O error(?s:.*)What to do"):
+        load_model(folder)
+
+
 def test_options_that_do_not_apply_are_refused(folder):
-    with pytest.raises(ModelLoadError, match="hub names and folders of revisions only"):
+    with pytest.raises(ModelLoadError, match="hub names, runs and folders of revisions only"):
         load_model(folder, revision="main")
     with pytest.raises(ModelLoadError, match="hub names and folders of revisions"):
         load_model(random_hf("gpt2"), revision="main")
@@ -532,7 +616,7 @@ def test_a_hub_models_damage_is_repaired_by_a_command(hub_cache):
 @pytest.mark.parametrize("content", ["{", "[]", '{"metadata": {}}'])
 def test_a_damaged_index_is_named(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(IncompleteWeightsError, match=r"model\.safetensors\.index\.json is damaged"):
+    with pytest.raises(IncompleteWeightsError, match=r"model\.safetensors\.index\.json (is damaged|cannot be read)"):
         load_model(sharded)
 
 

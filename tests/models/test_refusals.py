@@ -598,7 +598,8 @@ def test_a_tokenizer_that_is_cut_short_is_not_left_out(file, kept, tmp_path):
 @pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
 @pytest.mark.parametrize("kept", [None, 0.0, 0.5, 0.8])
 def test_the_two_files_of_a_byte_pair_tokenizer_are_needed_whole(file, kept, tmp_path):
-    random_hf("gpt2").save_pretrained(tmp_path)
+    spec = ModelSpec("gpt2", n_layers=1, d_model=16, n_heads=2)
+    spec.build(vocab_size=320, n_ctx=64, eos_token_id=1).save_pretrained(tmp_path)
     model = json.loads(byte_level(vocab_size=290).to_str())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])

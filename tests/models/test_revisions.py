@@ -1,6 +1,7 @@
 import datetime as dt
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,13 +60,33 @@ def steps(listed):
         ("stage1-step1413814", (1_413_814, None, "stage1")),
         ("step10-tokens1.5M", (10, 1_500_000, None)),
         ("step_0100", (100, None, None)),
+        ("checkpoint-500", (500, None, None)),
+        ("global_step500", (500, None, None)),
+        ("global_step_500", (500, None, None)),
+        ("iter_0000500", (500, None, None)),
+        ("stage2-checkpoint-500", (500, None, "stage2")),
     ],
 )
 def test_published_names_say_step_tokens_and_stage(name, expected):
     assert parse_revision(name) == Revision(name, *expected)
 
 
-@pytest.mark.parametrize("name", ["main", "", "v1.0", "refs/pr/3", "step", "step1000-tokens4B-unsharded", "tokens4B"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "main",
+        "",
+        "v1.0",
+        "refs/pr/3",
+        "step",
+        "step1000-tokens4B-unsharded",
+        "tokens4B",
+        "step-000060.bak",
+        "step-5.tmp",
+        "step" + "9" * 100_000,
+        "checkpoint-best",
+    ],
+)
 def test_names_that_are_no_steps_are_none(name):
     assert parse_revision(name) is None
 
@@ -137,6 +158,36 @@ def test_a_local_mirror_lists_its_model_folders(tmp_path, hub):
     (tmp_path / "step3000-tokens12B" / "README.md").touch()
     assert steps(revisions(tmp_path)) == steps(revisions(str(tmp_path))) == [1000, 2000, 10_000]
     assert hub.times == 0
+
+
+@pytest.mark.parametrize("pattern", ["checkpoint-{}", "step_{}", "step-{:06d}", "global_step{}", "iter_{:07d}"])
+def test_a_trainings_output_lists_its_steps_and_nothing_else(pattern, tmp_path):
+    for step in (5000, 60, 700, 0):
+        (tmp_path / pattern.format(step)).mkdir()
+        (tmp_path / pattern.format(step) / "config.json").write_text("{}")
+    for stray in ("step-000060.bak", "runs", "best", "checkpoint-1", "step-000061.tmp"):
+        (tmp_path / stray).mkdir()
+    (tmp_path / "step-000060.bak" / "config.json").write_text("{}")
+    (tmp_path / "step_61").write_text("a file")
+    assert steps(revisions(tmp_path)) == [0, 60, 700, 5000]
+    assert steps(revisions(tmp_path, n=2)) == [0, 5000]
+    assert steps(revisions(tmp_path, n=3, spacing="log")) == [0, 60, 5000]
+
+
+def test_a_folder_of_many_entries_and_odd_ones_is_listed_soon(tmp_path):
+    (tmp_path / "step1").mkdir()
+    (tmp_path / "step1" / "config.json").write_text("{}")
+    for step in range(2, 20_000):
+        (tmp_path / f"step{step}").touch()
+    (tmp_path / "step20001").mkdir()
+    (tmp_path / "step20001" / "config.json").mkdir()  # a folder of that name
+    (tmp_path / "step20002").symlink_to("step20003")
+    (tmp_path / "step20003").symlink_to("step20002")
+    (tmp_path / "step20004").symlink_to(".")
+    (tmp_path / "step20005").symlink_to("step1")
+    started = time.process_time()
+    assert steps(revisions(tmp_path)) == [1, 20_005]
+    assert time.process_time() - started < 2
 
 
 def test_a_mirror_or_a_repository_without_steps_is_an_error(tmp_path, hub):
