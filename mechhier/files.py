@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: It cannot be written; the error names `path`.
     """
     temporary = _temporary(path)
-    with _errors_name(path, temporary):
+    with errors_name(path, temporary):
         try:
             # Neither a file nor a link that someone put there is written to.
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -61,7 +61,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         OSError: It cannot be written, or `path` is there already with something in it; the error names a file.
     """
     temporary = _temporary(path)
-    with _errors_name(path, temporary):
+    with errors_name(path, temporary):
         try:
             temporary.mkdir()
             yield temporary
@@ -89,7 +89,7 @@ def append_durably(path: Path, text: str) -> None:
     A cut can leave a part of it: a reader must know a whole line from half of one.
     """
     content = text.encode()
-    with _errors_name(path, path), path.open("ab", buffering=0) as file:
+    with errors_name(path), path.open("ab", buffering=0) as file:
         if file.write(content) < len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
@@ -152,8 +152,8 @@ def _temporary(path: Path) -> Path:
 
 
 @contextmanager
-def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
-    """Make the system's errors name the file that was to be written, not its temporary name and not none."""
+def errors_name(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Make the system's errors name a file where they name none, and not by the temporary name that it is written under."""
     try:
         yield
     except OSError as error:
@@ -161,7 +161,9 @@ def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
             raise
         if error.filename is None:
             named = path
-        elif isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary):
+        elif (
+            temporary is not None and isinstance(error.filename, str) and Path(error.filename).is_relative_to(temporary)
+        ):
             named = path / Path(error.filename).relative_to(temporary)
         else:
             raise

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from mechhier.files import append_durably, write_whole
+from mechhier.files import append_durably, errors_name, write_whole
 
 LIST = "files.sha256"
 """Name of the list in a folder."""
@@ -20,9 +20,13 @@ _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)\n")
 
 
 def of_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: It cannot be read; the error names it.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with errors_name(path), path.open("rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

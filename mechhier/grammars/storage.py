@@ -7,15 +7,12 @@ has such a line and this hash, and makes all others again.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +20,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from mechhier import hashes
 from mechhier.files import only_process_in, write_whole
 from mechhier.progress import track
 from mechhier.reading import read_json, read_text
@@ -31,7 +29,6 @@ from mechhier.specs import Described, SpecError, Text, Whole, shown
 MANIFEST = "manifest.json"
 _UNFINISHED = "unfinished.json"
 _WRITTEN = "unfinished.sha256"
-_HASH_LINE = re.compile(r"([0-9a-f]{64})  (block-\d{5,}\.bin)")
 _LISTED = 5  # differences in a message
 _MOST_MANIFEST_BYTES = 2**26
 MOST_BLOCKS = 400_000
@@ -113,12 +110,12 @@ def save_blocks(
         if (folder / MANIFEST).exists():  # since, or left by a call that was interrupted after its last line
             _verify_same(folder, description)
         else:
-            hashes = _write_missing(folder, description, make_block, len(block_bytes), workers)
+            written = _write_missing(folder, description, make_block, len(block_bytes), workers)
             manifest = Manifest(
                 corpus=description,
                 dtype=dtype,
                 blocks=[
-                    BlockEntry(file=block_name(i), bytes=n, sha256=hashes[block_name(i)])
+                    BlockEntry(file=block_name(i), bytes=n, sha256=written[block_name(i)])
                     for i, n in enumerate(block_bytes)
                 ],
                 versions=_versions(),
@@ -158,17 +155,17 @@ def _write_missing(
             lambda name: _is_as_written(folder / name, written.get(name)), map(block_name, range(n_blocks))
         )
         missing = [i for i, is_there in enumerate(there) if not is_there]
-    hashes = {name: written[name] for i in range(n_blocks) if (name := block_name(i)) in written}
+    written = {name: written[name] for i in range(n_blocks) if (name := block_name(i)) in written}
     for i in missing:
-        hashes.pop(block_name(i), None)
+        written.pop(block_name(i), None)
     # Whole lines of what is there, before more are appended: the last one may have been cut.
-    write_whole(folder / _WRITTEN, "".join(f"{digest}  {name}\n" for name, digest in hashes.items()))
+    hashes.write(folder / _WRITTEN, written)
     with track("saving corpus", total=n_blocks, completed=n_blocks - len(missing)) as advance:
         for i, digest in _write_blocks(folder, make_block, missing, workers):
-            hashes[block_name(i)] = digest
-            _append_durably(folder / _WRITTEN, f"{digest}  {block_name(i)}\n")
+            written[block_name(i)] = digest
+            hashes.append(folder / _WRITTEN, {block_name(i): digest})
             advance(1)
-    return hashes
+    return written
 
 
 def _resume(folder: Path, record: dict[str, Any]) -> dict[str, str]:
@@ -189,7 +186,7 @@ def _resume(folder: Path, record: dict[str, Any]) -> dict[str, str]:
             )
         _check_same(folder, corpus, record["corpus"])
         if there == record:
-            return _read_hashes(folder / _WRITTEN)
+            return hashes.read(folder / _WRITTEN)
     elif any(folder.glob("block-*.bin")):
         raise CorpusError(f"{folder} holds blocks of an unknown corpus; choose another folder, or empty this one")
     (folder / _WRITTEN).unlink(missing_ok=True)
@@ -197,34 +194,8 @@ def _resume(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     return {}
 
 
-def _read_hashes(path: Path) -> dict[str, str]:
-    """Return the hashes of the lines that are whole."""
-    if not path.is_file():
-        return {}
-    lines = path.read_bytes().decode("ascii", "replace").splitlines()
-    return {found[2]: found[1] for line in lines if (found := _HASH_LINE.fullmatch(line))}
-
-
-def _append_durably(path: Path, line: str) -> None:
-    with _naming(path), path.open("ab", buffering=0) as file:
-        if file.write(line.encode()) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Make the system's errors name the file, as those of opening it do."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
-
-
 def _is_as_written(path: Path, sha256: str | None) -> bool:
-    return sha256 is not None and path.is_file() and _hash_of_file(path) == sha256
+    return sha256 is not None and path.is_file() and hashes.of_file(path) == sha256
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -276,7 +247,7 @@ def _what_is_wrong(folder: Path, entry: BlockEntry) -> str:
         return "is missing"
     if path.stat().st_size != entry.bytes:
         return f"has {path.stat().st_size} bytes where the manifest says {entry.bytes}"
-    if _hash_of_file(path) != entry.sha256:
+    if hashes.of_file(path) != entry.sha256:
         return "is damaged: its hash is not the manifest's"
     return ""
 
@@ -319,11 +290,3 @@ def _read_json(path: Path) -> Any:
         raise CorpusError(
             f"{path} is damaged ({error}); delete {path.parent} and save the corpus again, or save it in another folder"
         ) from error
-
-
-def _hash_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with _naming(path), path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

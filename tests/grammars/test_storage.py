@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from random_grammars import pcfgs
 
+from mechhier import hashes
 from mechhier.grammars import Corpus, CorpusError, DocumentGrammar, storage
 
 GRAMMAR = DocumentGrammar(n_words=6, lexicon=4, binding=1.0)
@@ -106,7 +107,7 @@ def test_labels_are_refused_where_stored_tokens_are_not_the_grammars(folder):
     block = folder / "block-00000.bin"
     block.write_bytes(b"\x01" * 2 + block.read_bytes()[2:])
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["blocks"][0]["sha256"] = storage._hash_of_file(block)
+    manifest["blocks"][0]["sha256"] = hashes.of_file(block)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     stored = Corpus.open(folder)
     assert stored.rows(0, 1)[0, 0] == 0x0101
