@@ -615,9 +615,9 @@ def _instead_of(source: Any) -> str:
         inner = [name for name, child in source.named_children() if isinstance(child, PreTrainedModel)]
         return f"; here, the model within: .{inner[0]}" if inner else ""
     if isinstance(source, Corpus):
-        return ". A corpus is what a model is trained on: run = mechhier.train(spec, corpus, out='runs/a'), then run.load('last')"
+        return ". A corpus is what a model is trained on: mechhier.train(spec, corpus, out='runs/a').load('last')"
     if isinstance(source, ModelSpec):
-        return ". A ModelSpec has no weights: spec.build(...) makes random ones, mechhier.train(spec, corpus, out) trains them"
+        return ". A ModelSpec has no weights: give spec.build(...), or the run of mechhier.train(spec, corpus, out)"
     if isinstance(source, PreTrainedTokenizerBase):
         return f". A tokenizer has no weights: give the folder or the hub name of its model ({source.name_or_path!r}?)"
     if isinstance(source, PreTrainedConfig):
