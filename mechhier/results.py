@@ -45,6 +45,8 @@ Student statistic no bound; with this the statistic stays below 2 n times its nu
 _BOOTSTRAP_BYTES = 2**26
 _TAIL = (1 - CONFIDENCE) / 2
 
+FAILED_STEPS = "failed_steps"
+"""Attribute of a phenomenon over training: the steps whose measurement failed, so that figures leave a gap there."""
 UNBOUNDED = (-np.inf, np.inf)
 RANGES = {
     "attention mass": (0.0, 1.0),
@@ -405,7 +407,9 @@ def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
         remedy = "; name its variable first: .to_dataset(name=...)" if isinstance(result, xr.DataArray) else ""
         raise TypeError(f"results are saved as an xarray Dataset or DataTree, not {shown(result)}{remedy}")
     storable = (
-        xr.DataTree.from_dict({node.path: _storable(node.to_dataset(inherit=False), node.path) for node in result.subtree})
+        xr.DataTree.from_dict(
+            {node.path: _storable(node.to_dataset(inherit=False), node.path) for node in result.subtree}
+        )
         if isinstance(result, xr.DataTree)
         else _storable(result, "")
     )
