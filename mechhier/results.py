@@ -21,10 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import h5netcdf
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 from scipy import stats
+from xarray.backends import H5NetCDFStore
 
 from mechhier.files import make_folder, write_whole
 from mechhier.specs import shown
@@ -410,11 +412,11 @@ def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
         else _storable(result, "")
     )
     try:
-        content = storable.to_netcdf(engine="h5netcdf")
+        content = _netcdf(storable)
     except (TypeError, ValueError, NotImplementedError, RuntimeError, KeyError) as error:
         raise ValueError(f"cannot save {path}: netCDF cannot hold it: {error}") from error
     make_folder(path.parent)
-    write_whole(path, bytes(content))
+    write_whole(path, content)
     return path
 
 
@@ -440,6 +442,20 @@ def load(path: str | Path) -> Any:
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable result ({error}); delete it and measure again") from error
     return opened if opened.children else opened.to_dataset()
+
+
+def _netcdf(result: xr.Dataset | xr.DataTree) -> bytes:
+    """The bytes of a netCDF file."""
+    nodes = {"/": result}
+    if isinstance(result, xr.DataTree):
+        nodes = {node.path: node.to_dataset(inherit=False) for node in result.subtree}
+    buffer = io.BytesIO()
+    # By way of the store: `to_netcdf` makes bytes only since xarray 2025.9, which has left Python 3.10.
+    with h5netcdf.File(buffer, "w") as file:
+        for path, dataset in nodes.items():
+            group = file if path == "/" else file.create_group(path) if path not in file else file[path]
+            dataset.dump_to_store(H5NetCDFStore(group))
+    return buffer.getvalue()
 
 
 def _path(path: Any) -> Path:
