@@ -452,7 +452,7 @@ def _netcdf(result: xr.Dataset | xr.DataTree) -> bytes:
     if isinstance(result, xr.DataTree):
         nodes = {node.path: node.to_dataset(inherit=False) for node in result.subtree}
     buffer = io.BytesIO()
-    # By way of the store: `to_netcdf` makes bytes only since xarray 2025.9, which has left Python 3.10.
+    # By way of the store: `to_netcdf` made no bytes yet in xarray 2025.6, the last one for Python 3.10.
     with h5netcdf.File(buffer, "w") as file:
         for path, dataset in nodes.items():
             group = file if path == "/" else file.create_group(path) if path not in file else file[path]
