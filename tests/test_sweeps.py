@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -61,7 +62,9 @@ def test_second_sweep_reads_what_the_first_wrote_and_other_options_are_measured_
     first = mh.sweep(fresh, INDUCTION)
     calls = []
     measure = sweeps.PHENOMENA["induction"]
-    monkeypatch.setitem(sweeps.PHENOMENA, "induction", lambda *a, **k: calls.append(k) or measure(*a, **k))
+    monkeypatch.setitem(
+        sweeps.PHENOMENA, "induction", functools.wraps(measure)(lambda *a, **k: calls.append(k) or measure(*a, **k))
+    )
     second = mh.sweep(fresh, INDUCTION)
     assert calls == []
     xr.testing.assert_identical(first["induction"].ds, second["induction"].ds)
@@ -117,10 +120,11 @@ def test_a_failing_checkpoint_is_recorded_and_retried_and_drops_no_other(fresh):
 def test_a_killed_sweep_goes_on_to_the_same_results(run, fresh):
     program = textwrap.dedent(
         f"""
-        import os, signal
+        import functools, os, signal
         import mechhier as mh
         from mechhier import results, sweeps
         measure, done = sweeps.PHENOMENA["induction"], []
+        @functools.wraps(measure)
         def killed_in_the_second(*args, **kwargs):
             if done:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -211,7 +215,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_loaded(run, monkeypa
 def test_a_run_in_which_another_process_measures_is_refused(fresh):
     with (
         only_process_in(fresh.path / "results", otherwise=ValueError()),
-        pytest.raises(sweeps.SweepError, match="another process is measuring in .*: wait for it"),
+        pytest.raises(sweeps.SweepError, match=r"another process is measuring in .*: wait for it"),
     ):
         mh.sweep(fresh, INDUCTION)
 
