@@ -1,0 +1,401 @@
+"""NetCDF files from anywhere: bytes that are looked at before they are read, and that reach no other file.
+
+A netCDF file is HDF5, in which a stranger can name other files: by links, as the storage of an array, as parts of a
+virtual one. `check` refuses all of that by name, and what would not fit memory, before any array is read; `read` then
+reads what was checked and nothing else. Both look at bytes in memory, never at a path.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from h5py import h5a, h5d, h5f, h5g, h5l, h5o, h5r, h5s, h5t, h5z
+
+MOST_BYTES = 2**32
+"""Most bytes that all arrays of a file may have in memory."""
+MOST_TIMES = 100
+"""Most bytes in memory for each byte of a file, beyond `FREE_BYTES`. Measured numbers compress to a tenth at best, and
+results are saved uncompressed; a file that unpacks to a hundred times its size holds next to nothing."""
+FREE_BYTES = 2**26
+MOST_OBJECTS = 20_000
+"""Most groups and arrays: a sweep of a hundred runs over every phenomenon has fewer."""
+MOST_ATTRIBUTES = 100_000
+MOST_ATTRIBUTE_BYTES = 2**26
+MOST_LEVELS = 16
+"""Most groups inside one another."""
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_NUMBERS = (h5t.TypeIntegerID, h5t.TypeFloatID, h5t.TypeEnumID)
+_FILTERS = {h5z.FILTER_DEFLATE: "gzip", h5z.FILTER_SHUFFLE: "shuffle", h5z.FILTER_FLETCHER32: "fletcher32"}
+_REFERRING = {b"REFERENCE_LIST": (h5t.TypeCompoundID,), b"DIMENSION_LIST": (h5t.TypeVlenID,)}
+"""Attributes of netCDF's own, by which arrays and their dimensions name each other."""
+_HIDDEN = {
+    "REFERENCE_LIST",
+    "DIMENSION_LIST",
+    "CLASS",
+    "NAME",
+    "_Netcdf4Dimid",
+    "_Netcdf4Coordinates",
+    "_nc3_strict",
+    "_NCProperties",
+}
+_NO_VARIABLE = b"This is a netCDF dimension but not a netCDF variable"
+_NO_COORDINATE = "_nc4_non_coord_"
+_TEXT_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
+"""How HDF5 stores one text of any length: the text itself is elsewhere in the file, and can be shared."""
+
+
+class ForeignFileError(ValueError):
+    """A netCDF file that is damaged, or holds what no result holds; the message says where, and what to do."""
+
+
+def check(content: bytes, name: str) -> None:
+    """Refuse a netCDF file that reaches outside itself, does not fit memory, or is damaged; no array is read.
+
+    Args:
+        content: All bytes of the file.
+        name: Of the file, for the message.
+
+    Raises:
+        ForeignFileError: It links to other files or within itself, stores arrays elsewhere, has types or filters that
+            results do not have, is larger in memory than the bounds of this module, or is not whole.
+
+    Cost: some 0.1 ms for each array.
+    """
+    _Check(content, name).whole()
+
+
+def read(content: bytes, name: str) -> xr.Dataset | xr.DataTree:
+    """The result in a netCDF file's bytes, in memory: a tree if there are groups, as a sweep's, else a dataset.
+
+    What xarray's engine "h5netcdf" reads from such a file, from what was checked alone and in a fifth of the time.
+
+    Raises:
+        ForeignFileError: As `check`, and if the arrays are no dataset.
+    """
+    checking = _Check(content, name)
+    root = checking.whole()
+    try:
+        if not root.groups:
+            return root.dataset(checking)
+        return xr.DataTree.from_dict({path: group.dataset(checking) for path, group in root.walk("/")})
+    except ForeignFileError:
+        raise
+    except Exception as error:  # noqa: BLE001  what damage raises is not foreseen
+        raise checking.damaged(error) from error
+
+
+def attribute(content: bytes, name: str, key: str) -> str | int | float | None:
+    """One attribute of a result, without a look at the rest of its file; None if there is no such attribute.
+
+    Raises:
+        ForeignFileError: The bytes are damaged, or the attribute is neither text nor a number.
+    """
+    checking = _Check(content, name)
+    try:
+        root = checking.opened()
+        if not h5a.exists(root, key.encode()):
+            return None
+        found = checking.attribute(root, key.encode(), "/")
+    except ForeignFileError:
+        raise
+    except Exception as error:  # noqa: BLE001  what damage raises is not foreseen
+        raise checking.damaged(error) from error
+    if not isinstance(found, str | int | float | np.number):
+        raise checking.refused("/", f"has an attribute {key!r} that is neither text nor a number")
+    return found.item() if isinstance(found, np.number) else found
+
+
+@dataclass
+class _Array:
+    path: str
+    stored: h5d.DatasetID
+    shape: tuple[int, ...]
+    type: h5t.TypeID
+    attributes: dict[str, Any]
+
+    def dimensions(self, checking: _Check) -> tuple[str, ...]:
+        """Names, from the three ways in which netCDF says them."""
+        hidden = self.attributes
+        scale = hidden.get("CLASS") in ("DIMENSION_SCALE", b"DIMENSION_SCALE")
+        numbers = np.atleast_1d(hidden.get("_Netcdf4Coordinates", ()))
+        if len(numbers) == len(self.shape) and all(int(number) in checking.dimensions for number in numbers):
+            return tuple(checking.dimensions[int(number)] for number in numbers)
+        if "DIMENSION_LIST" in hidden:
+            names = [checking.scales.get(address) for address in hidden["DIMENSION_LIST"]]
+            if len(names) == len(self.shape) and None not in names:
+                return tuple(str(name) for name in names)
+        elif scale and len(self.shape) == 1:
+            return (_own_name(self.path),)
+        elif not self.shape:
+            return ()
+        raise checking.refused(self.path, "has a dimension without a name")
+
+    def values(self) -> np.ndarray:
+        text = isinstance(self.type, h5t.TypeStringID) and self.type.is_variable_str()
+        # Not `empty`: HDF5 leaves as they are the values of an array that was never written.
+        values = np.zeros(self.shape, self.type.dtype)
+        if values.size:
+            self.stored.read(h5s.ALL, h5s.ALL, values)
+        if text:
+            found = [_text(each) for each in values.reshape(-1)]
+            values = np.array([*found, None], dtype=object)[:-1].reshape(self.shape)
+        return values.astype(np.dtype(values.dtype.str), copy=False)  # without what h5py notes in a type
+
+    def variable(self, checking: _Check) -> xr.Variable:
+        attributes = {key: value for key, value in self.attributes.items() if key not in _HIDDEN}
+        return xr.Variable(self.dimensions(checking), self.values(), attributes)
+
+
+@dataclass
+class _Group:
+    attributes: dict[str, Any]
+    arrays: dict[str, _Array] = field(default_factory=dict)
+    groups: dict[str, _Group] = field(default_factory=dict)
+
+    def walk(self, path: str) -> list[tuple[str, _Group]]:
+        inner = [each for name, group in self.groups.items() for each in group.walk(f"{path.rstrip('/')}/{name}")]
+        return [(path, self), *inner]
+
+    def dataset(self, checking: _Check) -> xr.Dataset:
+        arrays = {
+            _own_name(name): array.variable(checking)
+            for name, array in self.arrays.items()
+            if not str(array.attributes.get("NAME", "")).startswith(_NO_VARIABLE.decode())
+        }
+        attributes = {key: value for key, value in self.attributes.items() if key not in _HIDDEN}
+        return xr.decode_cf(xr.Dataset(arrays, attrs=attributes)).load()
+
+
+class _Check:
+    """One look at a file: what it has in all, and what was seen of it."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        self.content, self.name = content, name
+        self.bytes = self.attribute_bytes = self.n_attributes = 0
+        self.seen: dict[int, str] = {}
+        """Path of each object, by its place in the file."""
+        self.scales: dict[int, str] = {}
+        """Name of each dimension, by its place in the file."""
+        self.dimensions: dict[int, str] = {}
+        """Name of each dimension, by netCDF's number of it."""
+
+    def refused(self, path: str, what: str) -> ForeignFileError:
+        where = "" if path == "/" else f": {path!r}"
+        return ForeignFileError(f"{self.name}{where} {what}; measure again, or ask for a file that `results.save` wrote")
+
+    def damaged(self, error: BaseException) -> ForeignFileError:
+        said = "".join(each if each.isprintable() else " " for each in str(error))
+        return self.refused("/", f"is not a whole netCDF file ({' '.join(said.split()) or type(error).__name__})")
+
+    def opened(self) -> h5g.GroupID:
+        if not self.content.startswith(_SIGNATURE):
+            raise self.refused("/", "is not a netCDF file: it does not begin as one")
+        if len(self.content) < 48 or self.content[9 if self.content[8] > 1 else 13] != 8:
+            raise self.refused("/", "is not a whole netCDF file: it has no usable header")
+        return h5g.open(h5f.open_file_image(self.content), b"/")
+
+    def whole(self) -> _Group:
+        try:
+            root = self.opened()
+            return self.group(root, "/", 0)
+        except ForeignFileError:
+            raise
+        except Exception as error:  # noqa: BLE001  what damage raises is not foreseen
+            raise self.damaged(error) from error
+
+    def see(self, found: Any, path: str) -> int:
+        address = int(h5o.get_info(found).addr)
+        if address in self.seen:
+            raise self.refused(path, f"is {self.seen[address]!r} under another name")
+        self.seen[address] = path
+        if len(self.seen) > MOST_OBJECTS:
+            raise self.refused("/", f"has more than {MOST_OBJECTS} groups and arrays")
+        return address
+
+    def group(self, group: h5g.GroupID, path: str, level: int) -> _Group:
+        if level > MOST_LEVELS:
+            raise self.refused(path, f"lies in more than {MOST_LEVELS} groups")
+        self.see(group, path)
+        if len(self.seen) + group.get_num_objs() > MOST_OBJECTS:
+            raise self.refused(path, f"brings the groups and arrays to more than {MOST_OBJECTS}")
+        found = _Group(self.attributes(group, path))
+        for link in _link_names(group):
+            name = link.decode("utf-8", "surrogateescape")
+            inner = f"{path.rstrip('/')}/{name}"
+            if "/" in name or name in ("", ".", ".."):
+                raise self.refused(path, f"has a part named {name!r}, which is a path")
+            kind = group.links.get_info(link).type
+            if kind != h5l.TYPE_HARD:
+                what = {h5l.TYPE_EXTERNAL: "a link to another file", h5l.TYPE_SOFT: "a link to another part"}
+                raise self.refused(inner, f"is {what.get(kind, 'a link of an unknown kind')}")
+            one = h5o.open(group, link)
+            if isinstance(one, h5g.GroupID):
+                found.groups[name] = self.group(one, inner, level + 1)
+            elif isinstance(one, h5d.DatasetID):
+                found.arrays[name] = self.array(one, inner)
+            else:
+                raise self.refused(inner, "is a type by itself, neither group nor array")
+        return found
+
+    def array(self, array: h5d.DatasetID, path: str) -> _Array:
+        address = self.see(array, path)
+        # Before anything is asked that could make HDF5 open what the array is stored in.
+        created = array.get_create_plist()
+        layout = created.get_layout()
+        if layout == h5d.VIRTUAL:
+            raise self.refused(path, "is a virtual array, put together from other files")
+        if created.get_external_count():
+            raise self.refused(path, "is stored in another file")
+        filters = [created.get_filter(each)[0] for each in range(created.get_nfilters())]
+        unknown = [each for each in filters if each not in _FILTERS]
+        if unknown or filters != sorted(set(filters), key=[2, 1, 3].index):
+            raise self.refused(path, f"has filters {filters}, which are not shuffle, gzip and fletcher32 in that order")
+        kind = array.get_type()
+        self.plain(kind, path)
+        if array.get_space().get_simple_extent_type() not in (h5s.SIMPLE, h5s.SCALAR):
+            raise self.refused(path, "is an array without a shape")
+        shape = tuple(array.shape)
+        n, part = prod(shape), 0
+        if layout == h5d.CHUNKED:
+            part = prod(created.get_chunk())
+        self.expanded(max(n, part) * kind.get_size(), path)
+        if isinstance(kind, h5t.TypeStringID) and kind.is_variable_str():
+            self.expanded(self.text_bytes(array, n, layout, bool(filters)), path)
+        if h5z.FILTER_DEFLATE in filters:
+            self.deflated(array, part * kind.get_size(), path)
+        found = _Array(path, array, shape, kind, self.attributes(array, path, len(shape)))
+        if "_Netcdf4Dimid" in found.attributes or "CLASS" in found.attributes:
+            self.scales[address] = _own_name(path)
+            number = found.attributes.get("_Netcdf4Dimid")
+            # netCDF writes the number of its first dimension to an array that is no dimension, too.
+            if "CLASS" in found.attributes and number is not None:
+                self.dimensions[int(number)] = _own_name(path)
+        return found
+
+    def plain(self, kind: h5t.TypeID, path: str) -> None:
+        if kind.committed():
+            raise self.refused(path, "has a type that is stored by itself")
+        if not isinstance(kind, (*_NUMBERS, h5t.TypeStringID)):
+            what = {
+                h5t.TypeReferenceID: "references to other parts",
+                h5t.TypeCompoundID: "records",
+                h5t.TypeVlenID: "lists",
+                h5t.TypeOpaqueID: "bytes without a meaning",
+            }
+            raise self.refused(path, f"holds {what.get(type(kind), 'values')}, neither numbers nor text")
+
+    def expanded(self, size: int, path: str) -> None:
+        self.bytes += size
+        if self.bytes > MOST_BYTES:
+            raise self.refused(path, f"brings the arrays to more than {MOST_BYTES >> 20} MiB in memory")
+        if self.bytes > max(FREE_BYTES, MOST_TIMES * len(self.content)):
+            times = self.bytes // len(self.content)
+            raise self.refused(path, f"brings the arrays to {times} times the file's size, {self.bytes >> 20} MiB")
+
+    def text_bytes(self, array: h5d.DatasetID, n: int, layout: int, filtered: bool) -> int:
+        """Most bytes of the texts of an array: of many that share one, more than the file has."""
+        places: list[tuple[int | None, int]] = []
+        if layout == h5d.CONTIGUOUS and n:
+            places = [(array.get_offset(), n * _TEXT_REFERENCE.itemsize)]
+        elif layout == h5d.CHUNKED and not filtered:
+            array.chunk_iter(lambda chunk: places.append((chunk.byte_offset, chunk.size)))
+        elif n:
+            return n * len(self.content)
+        total = 0
+        for place, size in places:
+            if place is not None:
+                stored = self.content[place : place + size // _TEXT_REFERENCE.itemsize * _TEXT_REFERENCE.itemsize]
+                if len(stored) < size // _TEXT_REFERENCE.itemsize * _TEXT_REFERENCE.itemsize:
+                    raise ValueError("texts lie beyond its end")
+                total += int(np.frombuffer(stored, _TEXT_REFERENCE)["length"].sum(dtype=np.int64))
+        return total
+
+    def deflated(self, array: h5d.DatasetID, most: int, path: str) -> None:
+        """Refuse compressed parts that unpack to more than they should hold: HDF5 would unpack them whole."""
+        chunks: list[Any] = []
+        array.chunk_iter(chunks.append)
+        gzip = [array.get_create_plist().get_filter(each)[0] for each in range(array.get_create_plist().get_nfilters())]
+        skipped = 1 << gzip.index(h5z.FILTER_DEFLATE)
+        for chunk in chunks:
+            if chunk.filter_mask & skipped:
+                continue
+            packed = self.content[chunk.byte_offset : chunk.byte_offset + chunk.size]
+            if len(zlib.decompressobj().decompress(packed, most + 1)) > most:
+                raise self.refused(path, "unpacks to more than its shape holds")
+
+    def attributes(self, found: Any, path: str, rank: int = 0) -> dict[str, Any]:
+        self.n_attributes += h5a.get_num_attrs(found)
+        if self.n_attributes > MOST_ATTRIBUTES:
+            raise self.refused(path, f"brings the attributes to more than {MOST_ATTRIBUTES}")
+        names: list[bytes] = []
+        h5a.iterate(found, names.append)
+        return {
+            name.decode("utf-8", "surrogateescape"): self.attribute(found, name, path, rank)
+            for name in names
+            if name != b"REFERENCE_LIST" or self.referring(h5a.open(found, name), name, path)
+        }
+
+    def referring(self, stored: h5a.AttrID, name: bytes, path: str) -> bool:
+        """Refuse references of another form than netCDF's; which arrays use a dimension is not read."""
+        if not isinstance(stored.get_type(), _REFERRING[name]):
+            raise self.refused(path, f"has an attribute {name.decode()!r} that is not netCDF's")
+        return False
+
+    def attribute(self, found: Any, name: bytes, path: str, rank: int = 0) -> Any:
+        stored = h5a.open(found, name)
+        kind = stored.get_type()
+        shape = stored.shape
+        if name == b"DIMENSION_LIST":
+            self.referring(stored, name, path)
+            if shape != (rank,):
+                raise self.refused(path, "names more or fewer dimensions than it has")
+            values = np.zeros(shape, kind.dtype)
+            stored.read(values)
+            return [self.address(found, each) for each in values]
+        where = f"{path.rstrip('/')}/@{name.decode('utf-8', 'surrogateescape')}"
+        self.plain(kind, where)
+        if shape is None:
+            return "" if isinstance(kind, h5t.TypeStringID) else np.zeros(0, kind.dtype)
+        n = prod(shape)
+        text = isinstance(kind, h5t.TypeStringID)
+        shared = text and kind.is_variable_str()
+        self.spent(n * kind.get_size(), where)
+        if shared and n > 1 and n * len(self.content) > MOST_BYTES:
+            raise self.refused(where, f"is a list of {n} texts in so large a file")
+        values = np.zeros(shape, kind.dtype)
+        if n:
+            stored.read(values)
+        if not text:
+            return values.reshape(-1)[0] if n == 1 else values
+        texts = [_text(each) for each in values.reshape(-1)]
+        self.spent(sum(map(len, texts)) if shared else 0, where)
+        return texts[0] if n == 1 else texts
+
+    def spent(self, size: int, where: str) -> None:
+        self.attribute_bytes += size
+        if self.attribute_bytes > MOST_ATTRIBUTE_BYTES:
+            raise self.refused(where, f"brings the attributes to more than {MOST_ATTRIBUTE_BYTES >> 20} MiB")
+
+    def address(self, found: Any, references: np.ndarray) -> int | None:
+        """Place of the last array that a dimension refers to, as netCDF takes it."""
+        return int(h5o.get_info(h5r.dereference(references[-1], found)).addr) if len(references) else None
+
+
+def _link_names(group: h5g.GroupID) -> list[bytes]:
+    return list(group)
+
+
+def _own_name(path: str) -> str:
+    return path.rsplit("/", 1)[-1].removeprefix(_NO_COORDINATE)
+
+
+def _text(stored: Any) -> str:
+    return stored if isinstance(stored, str) else bytes(stored or b"").decode("utf-8", "surrogateescape")
+
+
