@@ -7,6 +7,7 @@ reads what was checked and nothing else. Both look at bytes in memory, never at 
 
 from __future__ import annotations
 
+import struct
 import zlib
 from dataclasses import dataclass, field
 from math import prod
@@ -48,6 +49,10 @@ _NO_VARIABLE = b"This is a netCDF dimension but not a netCDF variable"
 _NO_COORDINATE = "_nc4_non_coord_"
 _TEXT_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
 """How HDF5 stores one text of any length: the text itself is elsewhere in the file, and can be shared."""
+
+_STORE = b"GCOL\x01"
+_STORED = struct.Struct("<HHIQ")
+"""Before each text of a store: its number (0: what is free), its uses, nothing, its size."""
 
 
 class ForeignFileError(ValueError):
@@ -198,7 +203,27 @@ class _Check:
             raise self.refused("/", "is not a netCDF file: it does not begin as one")
         if len(self.content) < 48 or self.content[9 if self.content[8] > 1 else 13] != 8:
             raise self.refused("/", "is not a whole netCDF file: it has no usable header")
+        self.text_stores()
         return h5g.open(h5f.open_file_image(self.content), b"/")
+
+    def text_stores(self) -> None:
+        """Refuse damaged stores of texts ("global heaps"): HDF5 walks one without end where a part has no size.
+
+        Each place that HDF5 could take for one is walked, within a number of steps that stores side by side cannot need.
+        """
+        left = len(self.content) // _STORED.size + 1
+        place = self.content.find(_STORE)
+        while place >= 0:
+            here, end = place + 16, place + int.from_bytes(self.content[place + 8 : place + 16], "little")
+            if end > len(self.content):
+                raise self.refused("/", "is not a whole netCDF file: a store of texts goes beyond its end")
+            while here + _STORED.size <= end:
+                index, _, _, size = _STORED.unpack_from(self.content, here)
+                step, left = (_STORED.size + (size + 7) // 8 * 8 if index else size), left - 1
+                if not 0 < step <= end - here or left < 0:
+                    raise self.refused("/", f"is not a whole netCDF file: its store of texts at byte {place} is damaged")
+                here += step
+            place = self.content.find(_STORE, place + 1)
 
     def whole(self) -> _Group:
         try:
