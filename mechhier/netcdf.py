@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from h5py import h5a, h5d, h5f, h5g, h5l, h5o, h5r, h5s, h5t, h5z
+from h5py import h5, h5a, h5d, h5f, h5g, h5l, h5o, h5p, h5r, h5s, h5t, h5z
 
 MOST_BYTES = 2**32
 """Most bytes that all arrays of a file may have in memory."""
@@ -148,8 +148,7 @@ class _Array:
         if values.size:
             self.stored.read(h5s.ALL, h5s.ALL, values)
         if text:
-            found = [_text(each) for each in values.reshape(-1)]
-            values = np.array([*found, None], dtype=object)[:-1].reshape(self.shape)
+            return np.array([_text(each) for each in values.reshape(-1)], dtype=str).reshape(self.shape)
         return values.astype(np.dtype(values.dtype.str), copy=False)  # without what h5py notes in a type
 
     def variable(self, checking: _Check) -> xr.Variable:
@@ -250,7 +249,7 @@ class _Check:
         if len(self.seen) + group.get_num_objs() > MOST_OBJECTS:
             raise self.refused(path, f"brings the groups and arrays to more than {MOST_OBJECTS}")
         found = _Group(self.attributes(group, path))
-        for link in _link_names(group):
+        for link in group:
             name = link.decode("utf-8", "surrogateescape")
             inner = f"{path.rstrip('/')}/{name}"
             if "/" in name or name in ("", ".", ".."):
@@ -324,7 +323,10 @@ class _Check:
             raise self.refused(path, f"brings the arrays to {times} times the file's size, {self.bytes >> 20} MiB")
 
     def text_bytes(self, array: h5d.DatasetID, n: int, layout: int, filtered: bool) -> int:
-        """Most bytes of the texts of an array: of many that share one, more than the file has."""
+        """Most bytes of the texts of an array in memory, where all are as long as the longest.
+
+        Many can share one of the file, so that they can have more than the file has.
+        """
         places: list[tuple[int | None, int]] = []
         if layout == h5d.CONTIGUOUS and n:
             places = [(array.get_offset(), n * _TEXT_REFERENCE.itemsize)]
@@ -332,14 +334,14 @@ class _Check:
             array.chunk_iter(lambda chunk: places.append((chunk.byte_offset, chunk.size)))
         elif n:
             return n * len(self.content)
-        total = 0
+        longest = 0
         for place, size in places:
             if place is not None:
                 stored = self.content[place : place + size // _TEXT_REFERENCE.itemsize * _TEXT_REFERENCE.itemsize]
                 if len(stored) < size // _TEXT_REFERENCE.itemsize * _TEXT_REFERENCE.itemsize:
                     raise ValueError("texts lie beyond its end")
-                total += int(np.frombuffer(stored, _TEXT_REFERENCE)["length"].sum(dtype=np.int64))
-        return total
+                longest = max(longest, int(np.frombuffer(stored, _TEXT_REFERENCE)["length"].max(initial=0)))
+        return n * longest * np.dtype("U1").itemsize
 
     def deflated(self, array: h5d.DatasetID, most: int, path: str) -> None:
         """Refuse compressed parts that unpack to more than they should hold: HDF5 would unpack them whole."""
@@ -359,7 +361,8 @@ class _Check:
         if self.n_attributes > MOST_ATTRIBUTES:
             raise self.refused(path, f"brings the attributes to more than {MOST_ATTRIBUTES}")
         names: list[bytes] = []
-        h5a.iterate(found, names.append)
+        ordered = found.get_create_plist().get_attr_creation_order() & h5p.CRT_ORDER_TRACKED
+        h5a.iterate(found, names.append, index_type=h5.INDEX_CRT_ORDER if ordered else h5.INDEX_NAME)
         return {
             name.decode("utf-8", "surrogateescape"): self.attribute(found, name, path, rank)
             for name in names
@@ -410,10 +413,6 @@ class _Check:
     def address(self, found: Any, references: np.ndarray) -> int | None:
         """Place of the last array that a dimension refers to, as netCDF takes it."""
         return int(h5o.get_info(h5r.dereference(references[-1], found)).addr) if len(references) else None
-
-
-def _link_names(group: h5g.GroupID) -> list[bytes]:
-    return list(group)
 
 
 def _own_name(path: str) -> str:
