@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from h5py import h5, h5a, h5d, h5f, h5g, h5l, h5o, h5p, h5r, h5s, h5t, h5z
+from h5py import h5, h5a, h5d, h5f, h5g, h5l, h5o, h5p, h5r, h5s, h5t, h5z  # pyright: ignore[reportAttributeAccessIssue]
 
 MOST_BYTES = 2**32
 """Most bytes that all arrays of a file may have in memory."""
@@ -33,7 +35,7 @@ MOST_LEVELS = 16
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _NUMBERS = (h5t.TypeIntegerID, h5t.TypeFloatID, h5t.TypeEnumID)
 _FILTERS = {h5z.FILTER_DEFLATE: "gzip", h5z.FILTER_SHUFFLE: "shuffle", h5z.FILTER_FLETCHER32: "fletcher32"}
-_REFERRING = {b"REFERENCE_LIST": (h5t.TypeCompoundID,), b"DIMENSION_LIST": (h5t.TypeVlenID,)}
+_REFERRING = {b"REFERENCE_LIST": h5t.TypeCompoundID, b"DIMENSION_LIST": h5t.TypeVlenID}
 """Attributes of netCDF's own, by which arrays and their dimensions name each other."""
 _HIDDEN = {
     "REFERENCE_LIST",
@@ -45,6 +47,8 @@ _HIDDEN = {
     "_nc3_strict",
     "_NCProperties",
 }
+_REFERENCE_TIMES = 8
+"""Bytes in memory for each byte of a list of references."""
 _NO_VARIABLE = b"This is a netCDF dimension but not a netCDF variable"
 _NO_COORDINATE = "_nc4_non_coord_"
 _TEXT_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
@@ -85,14 +89,10 @@ def read(content: bytes, name: str) -> xr.Dataset | xr.DataTree:
     """
     checking = _Check(content, name)
     root = checking.whole()
-    try:
+    with checking.damage():
         if not root.groups:
             return root.dataset(checking)
         return xr.DataTree.from_dict({path: group.dataset(checking) for path, group in root.walk("/")})
-    except ForeignFileError:
-        raise
-    except Exception as error:  # noqa: BLE001  what damage raises is not foreseen
-        raise checking.damaged(error) from error
 
 
 def attribute(content: bytes, name: str, key: str) -> str | int | float | None:
@@ -102,15 +102,11 @@ def attribute(content: bytes, name: str, key: str) -> str | int | float | None:
         ForeignFileError: The bytes are damaged, or the attribute is neither text nor a number.
     """
     checking = _Check(content, name)
-    try:
+    with checking.damage():
         root = checking.opened()
         if not h5a.exists(root, key.encode()):
             return None
         found = checking.attribute(root, key.encode(), "/")
-    except ForeignFileError:
-        raise
-    except Exception as error:  # noqa: BLE001  what damage raises is not foreseen
-        raise checking.damaged(error) from error
     if not isinstance(found, str | int | float | np.number):
         raise checking.refused("/", f"has an attribute {key!r} that is neither text nor a number")
     return found.item() if isinstance(found, np.number) else found
@@ -182,6 +178,8 @@ class _Check:
     def __init__(self, content: bytes, name: str) -> None:
         self.content, self.name = content, name
         self.bytes = self.attribute_bytes = self.n_attributes = 0
+        self.longest = 0
+        """Most bytes of what is stored in one piece: of a text, or of a list of references."""
         self.seen: dict[int, str] = {}
         """Path of each object, by its place in the file."""
         self.scales: dict[int, str] = {}
@@ -191,11 +189,21 @@ class _Check:
 
     def refused(self, path: str, what: str) -> ForeignFileError:
         where = "" if path == "/" else f": {path!r}"
-        return ForeignFileError(f"{self.name}{where} {what}; measure again, or ask for a file that `results.save` wrote")
+        return ForeignFileError(
+            f"{self.name}{where} {what}; measure again, or ask for a file that `results.save` wrote"
+        )
 
-    def damaged(self, error: BaseException) -> ForeignFileError:
-        said = "".join(each if each.isprintable() else " " for each in str(error))
-        return self.refused("/", f"is not a whole netCDF file ({' '.join(said.split()) or type(error).__name__})")
+    @contextmanager
+    def damage(self) -> Iterator[None]:
+        """Say of whatever is raised within that the file is damaged: which errors damage ends in is not foreseen."""
+        try:
+            yield
+        except ForeignFileError:
+            raise
+        except Exception as error:
+            said = "".join(each if each.isprintable() else " " for each in str(error))
+            said = " ".join(said.split()) or type(error).__name__
+            raise self.refused("/", f"is not a whole netCDF file ({said})") from error
 
     def opened(self) -> h5g.GroupID:
         if not self.content.startswith(_SIGNATURE):
@@ -220,18 +228,16 @@ class _Check:
                 index, _, _, size = _STORED.unpack_from(self.content, here)
                 step, left = (_STORED.size + (size + 7) // 8 * 8 if index else size), left - 1
                 if not 0 < step <= end - here or left < 0:
-                    raise self.refused("/", f"is not a whole netCDF file: its store of texts at byte {place} is damaged")
+                    raise self.refused(
+                        "/", f"is not a whole netCDF file: its store of texts at byte {place} is damaged"
+                    )
+                self.longest = max(self.longest, size if index else 0)
                 here += step
             place = self.content.find(_STORE, place + 1)
 
     def whole(self) -> _Group:
-        try:
-            root = self.opened()
-            return self.group(root, "/", 0)
-        except ForeignFileError:
-            raise
-        except Exception as error:  # noqa: BLE001  what damage raises is not foreseen
-            raise self.damaged(error) from error
+        with self.damage():
+            return self.group(self.opened(), "/", 0)
 
     def see(self, found: Any, path: str) -> int:
         address = int(h5o.get_info(found).addr)
@@ -285,14 +291,15 @@ class _Check:
         if array.get_space().get_simple_extent_type() not in (h5s.SIMPLE, h5s.SCALAR):
             raise self.refused(path, "is an array without a shape")
         shape = tuple(array.shape)
-        n, part = prod(shape), 0
+        n, part, n_parts = prod(shape), 0, 0
         if layout == h5d.CHUNKED:
-            part = prod(created.get_chunk())
-        self.expanded(max(n, part) * kind.get_size(), path)
+            chunk = created.get_chunk()
+            part, n_parts = prod(chunk), prod(-(-size // length) for size, length in zip(shape, chunk, strict=True))
+        self.expanded(max(n, part, part * n_parts) * kind.get_size(), path)
         if isinstance(kind, h5t.TypeStringID) and kind.is_variable_str():
             self.expanded(self.text_bytes(array, n, layout, bool(filters)), path)
         if h5z.FILTER_DEFLATE in filters:
-            self.deflated(array, part * kind.get_size(), path)
+            self.deflated(array, filters, part * kind.get_size(), n_parts, path)
         found = _Array(path, array, shape, kind, self.attributes(array, path, len(shape)))
         if "_Netcdf4Dimid" in found.attributes or "CLASS" in found.attributes:
             self.scales[address] = _own_name(path)
@@ -328,13 +335,13 @@ class _Check:
         Many can share one of the file, so that they can have more than the file has.
         """
         places: list[tuple[int | None, int]] = []
+        longest = 0
         if layout == h5d.CONTIGUOUS and n:
             places = [(array.get_offset(), n * _TEXT_REFERENCE.itemsize)]
         elif layout == h5d.CHUNKED and not filtered:
             array.chunk_iter(lambda chunk: places.append((chunk.byte_offset, chunk.size)))
         elif n:
-            return n * len(self.content)
-        longest = 0
+            longest = self.longest
         for place, size in places:
             if place is not None:
                 stored = self.content[place : place + size // _TEXT_REFERENCE.itemsize * _TEXT_REFERENCE.itemsize]
@@ -343,12 +350,13 @@ class _Check:
                 longest = max(longest, int(np.frombuffer(stored, _TEXT_REFERENCE)["length"].max(initial=0)))
         return n * longest * np.dtype("U1").itemsize
 
-    def deflated(self, array: h5d.DatasetID, most: int, path: str) -> None:
+    def deflated(self, array: h5d.DatasetID, filters: list[int], most: int, n_parts: int, path: str) -> None:
         """Refuse compressed parts that unpack to more than they should hold: HDF5 would unpack them whole."""
         chunks: list[Any] = []
         array.chunk_iter(chunks.append)
-        gzip = [array.get_create_plist().get_filter(each)[0] for each in range(array.get_create_plist().get_nfilters())]
-        skipped = 1 << gzip.index(h5z.FILTER_DEFLATE)
+        if len(chunks) > n_parts:
+            raise self.refused(path, f"has {len(chunks)} parts, where its shape has {n_parts}")
+        skipped = 1 << filters.index(h5z.FILTER_DEFLATE)
         for chunk in chunks:
             if chunk.filter_mask & skipped:
                 continue
@@ -363,28 +371,27 @@ class _Check:
         names: list[bytes] = []
         ordered = found.get_create_plist().get_attr_creation_order() & h5p.CRT_ORDER_TRACKED
         h5a.iterate(found, names.append, index_type=h5.INDEX_CRT_ORDER if ordered else h5.INDEX_NAME)
-        return {
-            name.decode("utf-8", "surrogateescape"): self.attribute(found, name, path, rank)
-            for name in names
-            if name != b"REFERENCE_LIST" or self.referring(h5a.open(found, name), name, path)
-        }
-
-    def referring(self, stored: h5a.AttrID, name: bytes, path: str) -> bool:
-        """Refuse references of another form than netCDF's; which arrays use a dimension is not read."""
-        if not isinstance(stored.get_type(), _REFERRING[name]):
-            raise self.refused(path, f"has an attribute {name.decode()!r} that is not netCDF's")
-        return False
+        values = {}
+        for name in names:
+            if name in _REFERRING and not isinstance(h5a.open(found, name).get_type(), _REFERRING[name]):
+                raise self.refused(path, f"has an attribute {name.decode()!r} that is not netCDF's")
+            # Which arrays use a dimension is nothing to us, and most arrays have the numbers of their dimensions.
+            if name == b"REFERENCE_LIST" or (name == b"DIMENSION_LIST" and b"_Netcdf4Coordinates" in names):
+                continue
+            values[name.decode("utf-8", "surrogateescape")] = self.attribute(found, name, path, rank)
+        return values
 
     def attribute(self, found: Any, name: bytes, path: str, rank: int = 0) -> Any:
         stored = h5a.open(found, name)
         kind = stored.get_type()
         shape = stored.shape
         if name == b"DIMENSION_LIST":
-            self.referring(stored, name, path)
             if shape != (rank,):
                 raise self.refused(path, "names more or fewer dimensions than it has")
-            values = np.zeros(shape, kind.dtype)
+            self.spendable(rank * self.longest * _REFERENCE_TIMES, path)
+            values: Any = np.zeros(shape, kind.dtype)
             stored.read(values)
+            self.spent(sum(map(len, values)) * 8 * _REFERENCE_TIMES, path)
             return [self.address(found, each) for each in values]
         where = f"{path.rstrip('/')}/@{name.decode('utf-8', 'surrogateescape')}"
         self.plain(kind, where)
@@ -394,7 +401,7 @@ class _Check:
         text = isinstance(kind, h5t.TypeStringID)
         shared = text and kind.is_variable_str()
         self.spent(n * kind.get_size(), where)
-        if shared and n > 1 and n * len(self.content) > MOST_BYTES:
+        if shared and n > 1 and n * self.longest > MOST_BYTES:
             raise self.refused(where, f"is a list of {n} texts in so large a file")
         values = np.zeros(shape, kind.dtype)
         if n:
@@ -406,8 +413,11 @@ class _Check:
         return texts[0] if n == 1 else texts
 
     def spent(self, size: int, where: str) -> None:
+        self.spendable(size, where)
         self.attribute_bytes += size
-        if self.attribute_bytes > MOST_ATTRIBUTE_BYTES:
+
+    def spendable(self, size: int, where: str) -> None:
+        if self.attribute_bytes + size > MOST_ATTRIBUTE_BYTES:
             raise self.refused(where, f"brings the attributes to more than {MOST_ATTRIBUTE_BYTES >> 20} MiB")
 
     def address(self, found: Any, references: np.ndarray) -> int | None:
@@ -421,5 +431,3 @@ def _own_name(path: str) -> str:
 
 def _text(stored: Any) -> str:
     return stored if isinstance(stored, str) else bytes(stored or b"").decode("utf-8", "surrogateescape")
-
-
