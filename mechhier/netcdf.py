@@ -25,9 +25,9 @@ MOST_TIMES = 100
 """Most bytes in memory for each byte of a file, beyond `FREE_BYTES`. Measured numbers compress to a tenth at best, and
 results are saved uncompressed; a file that unpacks to a hundred times its size holds next to nothing."""
 FREE_BYTES = 2**26
-MOST_OBJECTS = 20_000
-"""Most groups and arrays: a sweep of a hundred runs over every phenomenon has fewer."""
-MOST_ATTRIBUTES = 100_000
+MOST_OBJECTS = 10_000
+"""Most groups and arrays: a sweep of twenty runs over every phenomenon has half."""
+MOST_ATTRIBUTES = 50_000
 MOST_ATTRIBUTE_BYTES = 2**26
 MOST_LEVELS = 16
 """Most groups inside one another."""
@@ -88,11 +88,10 @@ def read(content: bytes, name: str) -> xr.Dataset | xr.DataTree:
         ForeignFileError: As `check`, and if the arrays are no dataset.
     """
     checking = _Check(content, name)
-    root = checking.whole()
+    checking.whole()
     with checking.damage():
-        if not root.groups:
-            return root.dataset(checking)
-        return xr.DataTree.from_dict({path: group.dataset(checking) for path, group in root.walk("/")})
+        groups = {found.path: found.dataset(checking) for found in checking.found if isinstance(found, _Group)}
+        return groups["/"] if len(groups) == 1 else xr.DataTree.from_dict(groups)
 
 
 def attribute(content: bytes, name: str, key: str) -> str | int | float | None:
@@ -116,9 +115,10 @@ def attribute(content: bytes, name: str, key: str) -> str | int | float | None:
 class _Array:
     path: str
     stored: h5d.DatasetID
+    place: int
     shape: tuple[int, ...]
     type: h5t.TypeID
-    attributes: dict[str, Any]
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     def dimensions(self, checking: _Check) -> tuple[str, ...]:
         """Names, from the three ways in which netCDF says them."""
@@ -154,13 +154,10 @@ class _Array:
 
 @dataclass
 class _Group:
-    attributes: dict[str, Any]
+    path: str
+    stored: h5g.GroupID
+    attributes: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, _Array] = field(default_factory=dict)
-    groups: dict[str, _Group] = field(default_factory=dict)
-
-    def walk(self, path: str) -> list[tuple[str, _Group]]:
-        inner = [each for name, group in self.groups.items() for each in group.walk(f"{path.rstrip('/')}/{name}")]
-        return [(path, self), *inner]
 
     def dataset(self, checking: _Check) -> xr.Dataset:
         arrays = {
@@ -180,6 +177,7 @@ class _Check:
         self.bytes = self.attribute_bytes = self.n_attributes = 0
         self.longest = 0
         """Most bytes of what is stored in one piece: of a text, or of a list of references."""
+        self.found: list[_Array | _Group] = []
         self.seen: dict[int, str] = {}
         """Path of each object, by its place in the file."""
         self.scales: dict[int, str] = {}
@@ -235,26 +233,37 @@ class _Check:
                 here += step
             place = self.content.find(_STORE, place + 1)
 
-    def whole(self) -> _Group:
+    def whole(self) -> None:
         with self.damage():
-            return self.group(self.opened(), "/", 0)
+            self.group(self.opened(), "/", 0)
+            # Counted first, as this takes longest.
+            for found in self.found:
+                found.attributes = self.attributes(found)
+                if isinstance(found, _Array) and "CLASS" in found.attributes:
+                    self.scales[found.place] = _own_name(found.path)
+                    number = found.attributes.get("_Netcdf4Dimid")
+                    if number is not None:
+                        self.dimensions[int(number)] = _own_name(found.path)
 
     def see(self, found: Any, path: str) -> int:
-        address = int(h5o.get_info(found).addr)
-        if address in self.seen:
-            raise self.refused(path, f"is {self.seen[address]!r} under another name")
-        self.seen[address] = path
-        if len(self.seen) > MOST_OBJECTS:
-            raise self.refused("/", f"has more than {MOST_OBJECTS} groups and arrays")
-        return address
+        about = h5o.get_info(found)
+        place = int(about.addr)
+        if place in self.seen:
+            raise self.refused(path, f"is {self.seen[place]!r} under another name")
+        self.seen[place] = path
+        self.n_attributes += about.num_attrs
+        if self.n_attributes > MOST_ATTRIBUTES:
+            raise self.refused(path, f"brings the attributes to more than {MOST_ATTRIBUTES}")
+        return place
 
-    def group(self, group: h5g.GroupID, path: str, level: int) -> _Group:
+    def group(self, group: h5g.GroupID, path: str, level: int) -> None:
         if level > MOST_LEVELS:
             raise self.refused(path, f"lies in more than {MOST_LEVELS} groups")
         self.see(group, path)
         if len(self.seen) + group.get_num_objs() > MOST_OBJECTS:
             raise self.refused(path, f"brings the groups and arrays to more than {MOST_OBJECTS}")
-        found = _Group(self.attributes(group, path))
+        found = _Group(path, group)
+        self.found.append(found)
         for link in group:
             name = link.decode("utf-8", "surrogateescape")
             inner = f"{path.rstrip('/')}/{name}"
@@ -266,15 +275,14 @@ class _Check:
                 raise self.refused(inner, f"is {what.get(kind, 'a link of an unknown kind')}")
             one = h5o.open(group, link)
             if isinstance(one, h5g.GroupID):
-                found.groups[name] = self.group(one, inner, level + 1)
+                self.group(one, inner, level + 1)
             elif isinstance(one, h5d.DatasetID):
                 found.arrays[name] = self.array(one, inner)
             else:
                 raise self.refused(inner, "is a type by itself, neither group nor array")
-        return found
 
     def array(self, array: h5d.DatasetID, path: str) -> _Array:
-        address = self.see(array, path)
+        place = self.see(array, path)
         # Before anything is asked that could make HDF5 open what the array is stored in.
         created = array.get_create_plist()
         layout = created.get_layout()
@@ -300,13 +308,8 @@ class _Check:
             self.expanded(self.text_bytes(array, n, layout, bool(filters)), path)
         if h5z.FILTER_DEFLATE in filters:
             self.deflated(array, filters, part * kind.get_size(), n_parts, path)
-        found = _Array(path, array, shape, kind, self.attributes(array, path, len(shape)))
-        if "_Netcdf4Dimid" in found.attributes or "CLASS" in found.attributes:
-            self.scales[address] = _own_name(path)
-            number = found.attributes.get("_Netcdf4Dimid")
-            # netCDF writes the number of its first dimension to an array that is no dimension, too.
-            if "CLASS" in found.attributes and number is not None:
-                self.dimensions[int(number)] = _own_name(path)
+        found = _Array(path, array, place, shape, kind)
+        self.found.append(found)
         return found
 
     def plain(self, kind: h5t.TypeID, path: str) -> None:
@@ -364,21 +367,20 @@ class _Check:
             if len(zlib.decompressobj().decompress(packed, most + 1)) > most:
                 raise self.refused(path, "unpacks to more than its shape holds")
 
-    def attributes(self, found: Any, path: str, rank: int = 0) -> dict[str, Any]:
-        self.n_attributes += h5a.get_num_attrs(found)
-        if self.n_attributes > MOST_ATTRIBUTES:
-            raise self.refused(path, f"brings the attributes to more than {MOST_ATTRIBUTES}")
+    def attributes(self, found: _Array | _Group) -> dict[str, Any]:
+        path, stored = found.path, found.stored
+        rank = len(found.shape) if isinstance(found, _Array) else 0
         names: list[bytes] = []
-        ordered = found.get_create_plist().get_attr_creation_order() & h5p.CRT_ORDER_TRACKED
-        h5a.iterate(found, names.append, index_type=h5.INDEX_CRT_ORDER if ordered else h5.INDEX_NAME)
+        ordered = stored.get_create_plist().get_attr_creation_order() & h5p.CRT_ORDER_TRACKED
+        h5a.iterate(stored, names.append, index_type=h5.INDEX_CRT_ORDER if ordered else h5.INDEX_NAME)
         values = {}
         for name in names:
-            if name in _REFERRING and not isinstance(h5a.open(found, name).get_type(), _REFERRING[name]):
+            if name in _REFERRING and not isinstance(h5a.open(stored, name).get_type(), _REFERRING[name]):
                 raise self.refused(path, f"has an attribute {name.decode()!r} that is not netCDF's")
             # Which arrays use a dimension is nothing to us, and most arrays have the numbers of their dimensions.
             if name == b"REFERENCE_LIST" or (name == b"DIMENSION_LIST" and b"_Netcdf4Coordinates" in names):
                 continue
-            values[name.decode("utf-8", "surrogateescape")] = self.attribute(found, name, path, rank)
+            values[name.decode("utf-8", "surrogateescape")] = self.attribute(stored, name, path, rank)
         return values
 
     def attribute(self, found: Any, name: bytes, path: str, rank: int = 0) -> Any:
