@@ -8,6 +8,7 @@ reads what was checked and nothing else. Both look at bytes in memory, never at 
 from __future__ import annotations
 
 import struct
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ MOST_LEVELS = 16
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _NUMBERS = (h5t.TypeIntegerID, h5t.TypeFloatID, h5t.TypeEnumID)
-_FILTERS = {h5z.FILTER_DEFLATE: "gzip", h5z.FILTER_SHUFFLE: "shuffle", h5z.FILTER_FLETCHER32: "fletcher32"}
+_FILTERS = [h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE, h5z.FILTER_FLETCHER32]
+"""In the order in which they are applied; others are plugins, which are code."""
 _REFERRING = {b"REFERENCE_LIST": h5t.TypeCompoundID, b"DIMENSION_LIST": h5t.TypeVlenID}
 """Attributes of netCDF's own, by which arrays and their dimensions name each other."""
 _HIDDEN = {
@@ -49,7 +51,7 @@ _HIDDEN = {
 }
 _REFERENCE_TIMES = 8
 """Bytes in memory for each byte of a list of references."""
-_NO_VARIABLE = b"This is a netCDF dimension but not a netCDF variable"
+_NO_VARIABLE = "This is a netCDF dimension but not a netCDF variable"
 _NO_COORDINATE = "_nc4_non_coord_"
 _TEXT_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
 """How HDF5 stores one text of any length: the text itself is elsewhere in the file, and can be shared."""
@@ -123,7 +125,6 @@ class _Array:
     def dimensions(self, checking: _Check) -> tuple[str, ...]:
         """Names, from the three ways in which netCDF says them."""
         hidden = self.attributes
-        scale = hidden.get("CLASS") in ("DIMENSION_SCALE", b"DIMENSION_SCALE")
         numbers = np.atleast_1d(hidden.get("_Netcdf4Coordinates", ()))
         if len(numbers) == len(self.shape) and all(int(number) in checking.dimensions for number in numbers):
             return tuple(checking.dimensions[int(number)] for number in numbers)
@@ -131,7 +132,7 @@ class _Array:
             names = [checking.scales.get(address) for address in hidden["DIMENSION_LIST"]]
             if len(names) == len(self.shape) and None not in names:
                 return tuple(str(name) for name in names)
-        elif scale and len(self.shape) == 1:
+        elif hidden.get("CLASS") == "DIMENSION_SCALE" and len(self.shape) == 1:
             return (_own_name(self.path),)
         elif not self.shape:
             return ()
@@ -163,7 +164,7 @@ class _Group:
         arrays = {
             _own_name(name): array.variable(checking)
             for name, array in self.arrays.items()
-            if not str(array.attributes.get("NAME", "")).startswith(_NO_VARIABLE.decode())
+            if not str(array.attributes.get("NAME", "")).startswith(_NO_VARIABLE)
         }
         attributes = {key: value for key, value in self.attributes.items() if key not in _HIDDEN}
         return xr.decode_cf(xr.Dataset(arrays, attrs=attributes)).load()
@@ -206,10 +207,15 @@ class _Check:
     def opened(self) -> h5g.GroupID:
         if not self.content.startswith(_SIGNATURE):
             raise self.refused("/", "is not a netCDF file: it does not begin as one")
-        if len(self.content) < 48 or self.content[9 if self.content[8] > 1 else 13] != 8:
+        sizes = slice(9, 11) if self.content[8:9] > b"\x01" else slice(13, 15)
+        if self.content[sizes] != b"\x08\x08":  # of addresses and lengths, everywhere in the file
             raise self.refused("/", "is not a whole netCDF file: it has no usable header")
         self.text_stores()
-        return h5g.open(h5f.open_file_image(self.content), b"/")
+        memory = h5p.create(h5p.FILE_ACCESS)
+        memory.set_fapl_core(2**16, False)
+        memory.set_file_image(self.content)
+        # HDF5 looks whether there is a file of this name, and fails if there is.
+        return h5g.open(h5f.open(f"no-file-{uuid.uuid4().hex}".encode(), h5f.ACC_RDONLY, memory), b"/")
 
     def text_stores(self) -> None:
         """Refuse damaged stores of texts ("global heaps"): HDF5 walks one without end where a part has no size.
@@ -236,7 +242,7 @@ class _Check:
     def whole(self) -> None:
         with self.damage():
             self.group(self.opened(), "/", 0)
-            # Counted first, as this takes longest.
+            # After all are counted, as this takes longest.
             for found in self.found:
                 found.attributes = self.attributes(found)
                 if isinstance(found, _Array) and "CLASS" in found.attributes:
@@ -291,8 +297,7 @@ class _Check:
         if created.get_external_count():
             raise self.refused(path, "is stored in another file")
         filters = [created.get_filter(each)[0] for each in range(created.get_nfilters())]
-        unknown = [each for each in filters if each not in _FILTERS]
-        if unknown or filters != sorted(set(filters), key=[2, 1, 3].index):
+        if filters != [each for each in _FILTERS if each in filters]:
             raise self.refused(path, f"has filters {filters}, which are not shuffle, gzip and fletcher32 in that order")
         kind = array.get_type()
         self.plain(kind, path)
@@ -347,10 +352,8 @@ class _Check:
             longest = self.longest
         for place, size in places:
             if place is not None:
-                stored = self.content[place : place + size // _TEXT_REFERENCE.itemsize * _TEXT_REFERENCE.itemsize]
-                if len(stored) < size // _TEXT_REFERENCE.itemsize * _TEXT_REFERENCE.itemsize:
-                    raise ValueError("texts lie beyond its end")
-                longest = max(longest, int(np.frombuffer(stored, _TEXT_REFERENCE)["length"].max(initial=0)))
+                stored = np.frombuffer(self.content, _TEXT_REFERENCE, size // _TEXT_REFERENCE.itemsize, place)
+                longest = max(longest, int(stored["length"].max(initial=0)))
         return n * longest * np.dtype("U1").itemsize
 
     def deflated(self, array: h5d.DatasetID, filters: list[int], most: int, n_parts: int, path: str) -> None:
