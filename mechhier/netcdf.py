@@ -60,6 +60,11 @@ _STORE = b"GCOL\x01"
 _STORED = struct.Struct("<HHIQ")
 """Before each text of a store: its number (0: what is free), its uses, nothing, its size."""
 
+_NAMES = b"HEAP\x00"
+_FREE = struct.Struct("<QQ")
+"""In each free part of a store of names: where the next is, its size."""
+_FREE_END = 1
+
 
 class ForeignFileError(ValueError):
     """A netCDF file that is damaged, or holds what no result holds; the message says where, and what to do."""
@@ -210,7 +215,11 @@ class _Check:
         sizes = slice(9, 11) if self.content[8:9] > b"\x01" else slice(13, 15)
         if self.content[sizes] != b"\x08\x08":  # of addresses and lengths, everywhere in the file
             raise self.refused("/", "is not a whole netCDF file: it has no usable header")
+        at = {b"\x00": 24, b"\x01": 28}.get(self.content[8:9], 12)
+        if any(self.content[at : at + 8]):
+            raise self.refused("/", "is not a whole netCDF file: its addresses do not count from its beginning")
         self.text_stores()
+        self.name_stores()
         memory = h5p.create(h5p.FILE_ACCESS)
         memory.set_fapl_core(2**16, False)
         memory.set_file_image(self.content)
@@ -238,6 +247,21 @@ class _Check:
                 self.longest = max(self.longest, size if index else 0)
                 here += step
             place = self.content.find(_STORE, place + 1)
+
+    def name_stores(self) -> None:
+        """Refuse a store of names ("local heap") whose list of what is free has no end: HDF5 would go on until memory has."""
+        left = len(self.content) // _FREE.size + 1
+        place = self.content.find(_NAMES)
+        while place >= 0:
+            head = self.content[place + 8 : place + 32]
+            size, here, data = (int.from_bytes(head[start : start + 8], "little") for start in (0, 8, 16))
+            while here < size and here != _FREE_END and data + here + _FREE.size <= len(self.content):
+                here, left = _FREE.unpack_from(self.content, data + here)[0], left - 1
+                if left < 0:
+                    raise self.refused(
+                        "/", f"is not a whole netCDF file: its store of names at byte {place} is damaged"
+                    )
+            place = self.content.find(_NAMES, place + 1)
 
     def whole(self) -> None:
         with self.damage():
