@@ -334,6 +334,19 @@ def test_a_store_of_texts_without_sizes_is_refused_instead_of_read_without_end(t
         netcdf.check(bytes(content), "r.nc")
 
 
+def test_a_store_of_names_that_goes_round_is_refused_instead_of_read_without_end():
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_group("a")
+    content = bytearray(buffer.getbuffer())
+    place = content.index(b"HEAP\0")
+    data = int.from_bytes(content[place + 24 : place + 32], "little")
+    content[place + 16 : place + 24] = (16).to_bytes(8, "little")
+    content[data + 16 : data + 32] = (16).to_bytes(8, "little") * 2
+    with pytest.raises(netcdf.ForeignFileError, match="store of names"):
+        netcdf.check(bytes(content), "r.nc")
+
+
 @pytest.mark.parametrize("made", [_result, _tree])
 def test_damaged_bytes_end_in_one_error(made, tmp_path):
     content = results.save(made(), tmp_path / "r.nc").read_bytes()
