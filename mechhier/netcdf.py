@@ -64,6 +64,7 @@ _NAMES = b"HEAP\x00"
 _FREE = struct.Struct("<QQ")
 """In each free part of a store of names: where the next is, its size."""
 _FREE_END = 1
+_NODE = b"TREE"
 
 
 class ForeignFileError(ValueError):
@@ -220,6 +221,7 @@ class _Check:
             raise self.refused("/", "is not a whole netCDF file: its addresses do not count from its beginning")
         self.text_stores()
         self.name_stores()
+        self.indices()
         memory = h5p.create(h5p.FILE_ACCESS)
         memory.set_fapl_core(2**16, False)
         memory.set_file_image(self.content)
@@ -262,6 +264,21 @@ class _Check:
                         "/", f"is not a whole netCDF file: its store of names at byte {place} is damaged"
                     )
             place = self.content.find(_NAMES, place + 1)
+
+    def indices(self) -> None:
+        """Refuse an index ("B-tree") whose nodes go round, each the right neighbour of one before: HDF5 would, too."""
+        right: dict[int, int] = {}
+        place = self.content.find(_NODE)
+        while place >= 0:
+            right[place] = int.from_bytes(self.content[place + 16 : place + 24], "little")
+            place = self.content.find(_NODE, place + 1)
+        while right:
+            place, passed = next(iter(right)), set()
+            while place in right:
+                passed.add(place)
+                place = right.pop(place)
+            if place in passed:
+                raise self.refused("/", f"is not a whole netCDF file: its index at byte {place} is damaged")
 
     def whole(self) -> None:
         with self.damage():

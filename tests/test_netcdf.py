@@ -347,6 +347,17 @@ def test_a_store_of_names_that_goes_round_is_refused_instead_of_read_without_end
         netcdf.check(bytes(content), "r.nc")
 
 
+def test_an_index_that_goes_round_is_refused_instead_of_read_without_end():
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file["a"] = 1
+    content = bytearray(buffer.getbuffer())
+    place = content.index(b"TREE")
+    content[place + 16 : place + 24] = place.to_bytes(8, "little")
+    with pytest.raises(netcdf.ForeignFileError, match="its index"):
+        netcdf.check(bytes(content), "r.nc")
+
+
 @pytest.mark.parametrize("made", [_result, _tree])
 def test_damaged_bytes_end_in_one_error(made, tmp_path):
     content = results.save(made(), tmp_path / "r.nc").read_bytes()
