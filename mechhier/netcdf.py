@@ -417,14 +417,17 @@ class _Check:
         names: list[bytes] = []
         ordered = stored.get_create_plist().get_attr_creation_order() & h5p.CRT_ORDER_TRACKED
         h5a.iterate(stored, names.append, index_type=h5.INDEX_CRT_ORDER if ordered else h5.INDEX_NAME)
+        # Which arrays use a dimension is nothing to us; most arrays have the numbers of their dimensions, which are enough,
+        # and a number of their own that means nothing unless they are a dimension.
+        unread = {b"REFERENCE_LIST", b"_NCProperties"}
+        unread |= {b"DIMENSION_LIST"} if b"_Netcdf4Coordinates" in names else set()
+        unread |= set() if b"CLASS" in names else {b"_Netcdf4Dimid"}
         values = {}
         for name in names:
             if name in _REFERRING and not isinstance(h5a.open(stored, name).get_type(), _REFERRING[name]):
                 raise self.refused(path, f"has an attribute {name.decode()!r} that is not netCDF's")
-            # Which arrays use a dimension is nothing to us, and most arrays have the numbers of their dimensions.
-            if name == b"REFERENCE_LIST" or (name == b"DIMENSION_LIST" and b"_Netcdf4Coordinates" in names):
-                continue
-            values[name.decode("utf-8", "surrogateescape")] = self.attribute(stored, name, path, rank)
+            if name not in unread:
+                values[name.decode("utf-8", "surrogateescape")] = self.attribute(stored, name, path, rank)
         return values
 
     def attribute(self, found: Any, name: bytes, path: str, rank: int = 0) -> Any:
