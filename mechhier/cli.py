@@ -32,8 +32,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Neither progress nor annou
 def main() -> None:
     """Grammars with known structure, transformers trained on them, and one probe suite for their circuits.
 
-    Exit codes: 0 all is done; 1 an error, which is said; 2 the command line or the spec is wrong; 3 some measurements failed, the
-    others are there; 130 and 143 stopped by Ctrl-C and by SIGTERM: the same command goes on from there.
+    Exit codes: 0 all is done; 1 an error, which is said; 2 the command line or the spec is wrong; 3 some measurements failed,
+    the others are there; 130 and 143 stopped by Ctrl-C and by SIGTERM: the same command goes on from there.
     """
 
 

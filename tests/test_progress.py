@@ -108,8 +108,8 @@ def test_nothing_is_sent_that_a_terminal_obeys(
 ) -> None:
     """Every control and direction character in a description, a note and an announcement; the rows' own are rich's."""
     evil = "[red]x[/red] :boom: " + "".join(chr(code) for code in HARMFUL if code < 0xD800 or code % 100 == 0)
+    written = io.StringIO()
     if is_terminal:
-        written = io.StringIO()
         console = Console(file=written, force_terminal=True, color_system=None, width=5000, _environ={})
         monkeypatch.setattr(progress, "_display", lambda: progress._Bars(console))
     with track(evil, total=2) as advance:
