@@ -472,8 +472,8 @@ class Hooked:
         outside = tokens[(tokens < 0) | (tokens >= self.d_vocab)]
         if len(outside):
             raise ValueError(
-                f"{name} must lie in 0..{self.d_vocab - 1} for this model, got {int(outside.min())}..{int(outside.max())} "
-                f"outside of that, in {len(outside)} places: they are of another tokenizer or vocabulary, or padding"
+                f"{name}: token ids must lie in 0..{self.d_vocab - 1} for this model, got {int(outside.min())}.."
+                f"{int(outside.max())} outside of that, in {len(outside)} places: they are of another tokenizer or vocabulary, or padding"
             )
         tokens = tokens.to(device=self.device)
         return tokens.clone() if tokens.is_inference() else tokens  # autograd keeps no tensor of inference mode

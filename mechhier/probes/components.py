@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 from torch import Tensor
 
 from mechhier.arguments import is_whole, one_of, shown, whole_number
@@ -163,8 +164,9 @@ def grouped(entries: Any, *, accepted: tuple[type, ...], name: str = "components
     if isinstance(entries, str | bytes | Mapping) or not isinstance(entries, Iterable) or isinstance(entries, Tensor):
         raise TypeError(f"{expected}, got {_other(entries)}; the order is (model, {name}, tokens, ...)")
     tuples: list[tuple[Any, ...]] = []
-    for entry in entries.tolist() if hasattr(entries, "tolist") else entries:
-        entry = tuple(entry) if hasattr(entries, "tolist") and isinstance(entry, list) else entry
+    of_array = isinstance(entries, np.ndarray)
+    for given in entries.tolist() if of_array else entries:
+        entry = tuple(given) if of_array and isinstance(given, list) else given
         parts = entry if isinstance(entry, tuple) and not _is_pair(entry, accepted) else (entry,)
         parts = tuple(Head(*part) if _is_pair(part, accepted) else part for part in parts)
         for part in parts:

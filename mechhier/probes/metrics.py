@@ -164,7 +164,7 @@ _MADE_WITH = {
 }
 
 
-def check_callable(metric: Any) -> Metric:
+def check_callable(metric: Any) -> Any:
     """A metric as it was given, known to be one that can be called.
 
     Raises:
