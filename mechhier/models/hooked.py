@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import shown, whole_number
 from mechhier.models.errors import CapabilityError
+from mechhier.models.token_ids import token_ids
 from mechhier.models.torch_state import default_torch_state, in_default_torch_state
 
 SiteName: TypeAlias = Literal[
@@ -148,6 +151,22 @@ class KeyValues:
         return cache
 
 
+def _described(model: Any) -> str:
+    """What was given in place of a hooked model, and how it becomes one."""
+    kind = type(model).__name__
+    if isinstance(model, type):
+        return f"the class {model.__name__}: load one, mechhier.load_model(...)"
+    if isinstance(model, str | Path):
+        return f"{shown(str(model))}: load it first, mechhier.load_model({shown(str(model))})"
+    if kind == "Run" and hasattr(model, "load"):
+        return "a Run: give one of its checkpoints, run.load('last')"
+    if kind == "PlantedModel":
+        return "a PlantedModel: load it first, mechhier.load_model(planted.model)"
+    if hasattr(model, "config") and hasattr(model, "generate"):
+        return f"the Hugging Face model {kind}: load it first, mechhier.load_model(model)"
+    return f"{kind}; mechhier.load_model(...) makes one from a Hugging Face model, a folder, or a hub name"
+
+
 class Hooked:
     """A hooked model, whichever of TransformerLens's classes it is.
 
@@ -173,18 +192,21 @@ class Hooked:
 
     Raises:
         TypeError: `model` is neither.
-        ValueError: `max_bytes` is not positive.
+        ValueError: `max_bytes` is not positive; a model on the device "meta".
         UnsupportedModelError: The model was seen to be none that can be measured.
     """
 
     def __init__(self, model: Any, *, max_bytes: int = MAX_BYTES):
-        if not all(hasattr(model, name) for name in ("cfg", "hook_dict", "run_with_hooks")):
+        if isinstance(model, type) or not all(hasattr(model, name) for name in ("cfg", "hook_dict", "run_with_hooks")):
             raise TypeError(
-                f"expected a TransformerLens HookedTransformer or TransformerBridge, got {type(model).__name__}; "
-                "mechhier.load_model(...) makes one from a Hugging Face model, a folder, or a hub name"
+                f"expected a TransformerLens HookedTransformer or TransformerBridge, got {_described(model)}"
             )
-        if max_bytes <= 0:
-            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        max_bytes = whole_number("max_bytes", max_bytes, at_least=1)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                "the model is on the device 'meta', where weights have no values: load it with its weights, "
+                "mechhier.load_model(...)"
+            )
         self.model = model
         self.cfg = model.cfg
         self.max_bytes = max_bytes
@@ -424,25 +446,36 @@ class Hooked:
         kept = 2 * 2 * self.n_layers * past * self.n_heads * self.d_head * self.dtype.itemsize
         return max(1, self.max_bytes // (length * (max(logits, pattern) + stream) + kept))
 
+    @classmethod
+    def of(cls, model: Any, *, max_bytes: int = MAX_BYTES) -> Hooked:
+        """The view of a model; a view is returned as it is."""
+        return model if isinstance(model, Hooked) else cls(model, max_bytes=max_bytes)
+
     @in_default_torch_state
-    def check_tokens(self, tokens: Any) -> Int[Tensor, "batch pos"]:
-        """`tokens` as a long tensor on the model's device.
+    def check_tokens(self, tokens: Any, name: str = "tokens") -> Int[Tensor, "batch pos"]:
+        """`tokens` as a long tensor on the model's device; `token_ids` says what is accepted.
+
+        Args:
+            tokens: Ids.
+            name: What an error calls them.
 
         Raises:
+            TypeError: Text, floats, a mask, or anything else that holds no ids.
             ValueError: Not two-dimensional, longer than the context, empty, or an id outside the vocabulary.
         """
-        tokens = torch.as_tensor(tokens)
-        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-            raise ValueError(f"tokens must be integer ids of shape [batch, position], got {list(tokens.shape)}")
+        tokens = token_ids(tokens, name)
         if tokens.shape[1] > self.n_ctx:
             raise ValueError(
-                f"sequences of {tokens.shape[1]} tokens are longer than the model's context of {self.n_ctx}; "
-                f"cut them to tokens[:, :{self.n_ctx}]"
+                f"sequences of {tokens.shape[1]} {name} are longer than the model's context of {self.n_ctx}; "
+                f"cut them to {name}[:, :{self.n_ctx}]"
             )
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.d_vocab:
-            raise ValueError(f"token ids must lie in 0..{self.d_vocab - 1} for this model, got {low}..{high}")
-        tokens = tokens.to(device=self.device, dtype=torch.long)
+        outside = tokens[(tokens < 0) | (tokens >= self.d_vocab)]
+        if len(outside):
+            raise ValueError(
+                f"{name}: token ids must lie in 0..{self.d_vocab - 1} for this model, got {int(outside.min())}.."
+                f"{int(outside.max())} outside of that, in {len(outside)} places: they are of another tokenizer or vocabulary, or padding"
+            )
+        tokens = tokens.to(device=self.device)
         return tokens.clone() if tokens.is_inference() else tokens  # autograd keeps no tensor of inference mode
 
     @contextmanager

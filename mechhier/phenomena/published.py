@@ -15,6 +15,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mechhier.arguments import seed_number, whole_number
 from mechhier.grammars import DocumentGrammar
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked
 from mechhier.models.loading import model_info
@@ -75,9 +76,10 @@ def published(model: Any, *, n_sequences: Drawn = 20, max_bytes: Size = MAX_BYTE
         the maximum, and `_uniform` for the first and for `syntax_mass`. With fewer than 4 sequences bounds are NaN.
 
     Raises:
-        TypeError: Not a hooked model.
-        ValueError: A context of fewer than 32 tokens, in which ten orders have no room.
+        TypeError: Not a hooked model, or not whole numbers.
+        ValueError: No sequences; a context of fewer than 32 tokens, in which ten orders have no room.
     """
+    n_sequences, seed = whole_number("n_sequences", n_sequences, at_least=1), seed_number(seed)
     hooked = Hooked(model, max_bytes=max_bytes)
     segment = min(SEGMENT, hooked.n_ctx // 2)
     margin = min(MARGIN, hooked.d_vocab // 10)

@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import shown
 from mechhier.models.hooked import Hook, Hooked, SiteName
 from mechhier.probes.components import Index, at
 from mechhier.probes.metrics import Metric, name_of
@@ -120,13 +121,17 @@ def check_metric(values: Any, metric: Metric, n_rows: int) -> Float[Tensor, " ro
     """A metric's values in float64 on the CPU.
 
     Raises:
-        ValueError: Not one number for each row.
+        ValueError: Not one finite real number for each row.
     """
     if not isinstance(values, Tensor) or values.shape != (n_rows,):
         found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
             f"the metric {name_of(metric)[0]!r} must return one number per sequence of the batch, a tensor of shape "
             f"[{n_rows}], got {found}"
+        )
+    if values.is_complex() or not bool(values.detach().isfinite().all()):
+        raise ValueError(
+            f"the metric {name_of(metric)[0]!r} must return finite real numbers, got {shown(values.detach().tolist())}"
         )
     return values.detach().cpu().double()
 
@@ -135,9 +140,10 @@ def check_pair(hooked: Hooked, clean: Any, corrupted: Any) -> tuple[Int[Tensor, 
     """Both runs' tokens.
 
     Raises:
+        TypeError: What holds no token ids.
         ValueError: Tokens that the model cannot take, or of two shapes.
     """
-    first, second = hooked.check_tokens(clean), hooked.check_tokens(corrupted)
+    first, second = hooked.check_tokens(clean, "clean"), hooked.check_tokens(corrupted, "corrupted")
     if first.shape != second.shape:
         raise ValueError(
             f"clean and corrupted tokens must correspond position by position, got shapes {list(first.shape)} and "

@@ -12,7 +12,9 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import one_of, seed_number, whole_number
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, rows_being_run
+from mechhier.models.token_ids import token_ids
 from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.components import (
@@ -28,7 +30,7 @@ from mechhier.probes.components import (
     locate,
     read,
 )
-from mechhier.probes.metrics import Metric, loss, name_of
+from mechhier.probes.metrics import Metric, check_callable, loss, name_of
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 
@@ -58,10 +60,10 @@ def check_ablation(ablation: str, n_sequences: int, n_patches: int | None) -> in
         other sequences; 1 for another ablation.
 
     Raises:
+        TypeError: The ablation is no name, or the number of patches no whole number.
         ValueError: The ablation is unknown, or resampling asks for more donors than there are other sequences.
     """
-    if ablation not in get_args(Ablation):
-        raise ValueError(f"ablation must be one of {', '.join(get_args(Ablation))}, got {ablation!r}")
+    one_of("ablation", ablation, get_args(Ablation))
     if ablation != "resample":
         return 1
     if n_sequences < 2:
@@ -70,6 +72,7 @@ def check_ablation(ablation: str, n_sequences: int, n_patches: int | None) -> in
         )
     if n_patches is None:
         return min(_DEFAULT_PATCHES, n_sequences - 1)
+    n_patches = whole_number("n_patches", n_patches)
     if not 1 <= n_patches < n_sequences:
         raise ValueError(
             f"resample ablation patches from n_patches other sequences: with {n_sequences} sequences n_patches must lie "
@@ -159,7 +162,7 @@ def ablate(
         (95 %, bootstrap over sequences); `ablated` holds the labels of the entries.
 
     Raises:
-        TypeError: Not a hooked model, or not a component.
+        TypeError: Not a hooked model, components, token ids, or a metric.
         ValueError: Tokens, components, roles or a number of patches that do not fit the model or each other; a metric that
             does not return one number per sequence.
 
@@ -175,10 +178,11 @@ def ablate(
         [-12.0, 0.0]
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    tokens = hooked.check_tokens(tokens)
     entries = _checked(hooked, components)
+    tokens = hooked.check_tokens(tokens)
     labels = _runs.label_coord([label(entry) for entry in entries])
-    metric = loss(tokens) if metric is None else metric
+    metric = loss(tokens) if metric is None else check_callable(metric)
+    seed = seed_number(seed)
     own = reference is None
     donors_tokens = tokens if reference is None else _check_reference(hooked, reference, tokens)
     n_patches = check_ablation(ablation, len(tokens) if own else len(donors_tokens) + 1, n_patches)
@@ -291,9 +295,11 @@ def ablated(
     """
     hooked = Hooked(model, max_bytes=max_bytes)
     parts = tuple(dict.fromkeys(part for entry in _checked(hooked, components) for part in entry))
+    one_of("ablation", ablation, get_args(Ablation))
     if ablation != "zero" and reference is None:
         raise ValueError(f"{ablation} ablation needs sequences to take the activations from: give reference=tokens")
-    sequences = None if reference is None else hooked.check_tokens(reference)
+    sequences = None if reference is None else hooked.check_tokens(reference, "reference")
+    seed = seed_number(seed)
     check_ablation(ablation, 0 if sequences is None else len(sequences), 1)
     if ablation == "resample" and sequences is not None:
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
@@ -330,7 +336,7 @@ def _first_layer(parts: Sequence[Component]) -> int:
 
 
 def _check_reference(hooked: Hooked, reference: Any, tokens: Tensor) -> Int[Tensor, "other pos"]:
-    reference = hooked.check_tokens(reference)
+    reference = hooked.check_tokens(reference, "reference")
     if reference.shape[1] < tokens.shape[1]:
         raise ValueError(
             f"reference sequences must be at least as long as the tokens ({tokens.shape[1]}), got {reference.shape[1]}"
@@ -339,12 +345,12 @@ def _check_reference(hooked: Hooked, reference: Any, tokens: Tensor) -> Int[Tens
 
 
 def _check_roles(roles: Any, tokens: Tensor) -> Int[Tensor, "sequence pos"]:
-    roles = torch.as_tensor(roles)
-    if roles.shape != tokens.shape or roles.is_floating_point():
+    roles = token_ids(roles, "roles")
+    if roles.shape != tokens.shape:
         raise ValueError(
             f"roles must be integer labels of shape {list(tokens.shape)}, one for every token, got {list(roles.shape)}"
         )
-    return roles.cpu().long()
+    return roles.cpu()
 
 
 def _same_position(n: int, n_donors: int, length: int, n_patches: int, own: bool, generator: torch.Generator) -> Donors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +14,12 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import is_whole, one_of, seed_number, shown, whole_number
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, rows_being_run
 from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.components import Head, check, grouped, label
-from mechhier.probes.metrics import Metric, loss, name_of
+from mechhier.probes.metrics import Metric, check_callable, loss, name_of
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 
@@ -34,14 +35,25 @@ _EFFECT = "effect = metric(edited) - metric(clean), mean over sequences"
 
 @in_default_torch_state
 def reduce_patterns(
-    hooked: Hooked,
-    tokens: Int[Tensor, "batch pos"],
+    model: Any,
+    tokens: Int[Any, "batch pos"],
     reduce: Callable[[Float[Tensor, "batch head query key"]], Reduced],
 ) -> list[Reduced]:
     """`reduce(pattern)` of every layer, in one forward pass.
 
     Memory beyond the forward pass is one layer's pattern and what `reduce` returns: no stack of patterns exists.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`, or its `Hooked`.
+        tokens: Token ids without padding.
+        reduce: Given the pattern of one layer.
+
+    Raises:
+        TypeError: Not a hooked model, or not token ids.
+        ValueError: Tokens that the model cannot take.
     """
+    hooked = Hooked.of(model)
+    tokens = hooked.check_tokens(tokens)
     reduced: list[Reduced] = []
 
     def read(pattern: Tensor) -> None:
@@ -53,27 +65,32 @@ def reduce_patterns(
 
 @in_default_torch_state
 def patterns(
-    hooked: Hooked, tokens: Int[Tensor, "batch pos"], heads: list[tuple[int, int]]
+    model: Any, tokens: Int[Any, "batch pos"], heads: Sequence[Head | tuple[int, int]]
 ) -> Float[np.ndarray, "batch chosen query key"]:
-    """Attention patterns of the chosen `(layer, head)` pairs, in the order given; one forward pass.
+    """Attention patterns of the chosen heads, in the order given; one forward pass.
+
+    Args:
+        model: A `HookedTransformer` or `TransformerBridge`, or its `Hooked`.
+        tokens: Token ids without padding.
+        heads: `Head`s, or `(layer, head)` pairs.
 
     Raises:
-        ValueError: A head that the model does not have.
+        TypeError: Not a hooked model, token ids, or heads.
+        ValueError: Tokens or a head that the model does not have.
     """
-    for layer, head in heads:
-        if not (0 <= layer < hooked.n_layers and 0 <= head < hooked.n_heads):
-            raise ValueError(
-                f"no head L{layer}H{head}: the model has {hooked.n_layers} layers of {hooked.n_heads} heads"
-            )
+    hooked = Hooked.of(model)
+    tokens = hooked.check_tokens(tokens)
+    chosen = [part for entry in _check_heads(hooked, heads) for part in entry]
+    pairs = [(head.layer, head.head) for head in chosen]
     found: dict[tuple[int, int], Tensor] = {}
 
     def read(pattern: Tensor, layer: int) -> None:
-        found.update({pair: pattern[:, pair[1]].float().cpu() for pair in heads if pair[0] == layer})
+        found.update({pair: pattern[:, pair[1]].float().cpu() for pair in pairs if pair[0] == layer})
 
     hooked.run(
-        tokens, [("pattern", layer, partial(read, layer=layer)) for layer in sorted({pair[0] for pair in heads})]
+        tokens, [("pattern", layer, partial(read, layer=layer)) for layer in sorted({pair[0] for pair in pairs})]
     )
-    return torch.stack([found[pair] for pair in heads], dim=1).numpy()
+    return torch.stack([found[pair] for pair in pairs], dim=1).numpy()
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,13 @@ class Edge:
     queries: int | tuple[int, ...] | None = None
     keys: int | tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("layer", "head"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(f"Edge.{name}", getattr(self, name)))
+        for name in ("queries", "keys"):
+            object.__setattr__(self, name, _as_positions(f"Edge.{name}", getattr(self, name)))
+
     def __str__(self) -> str:
         where = ("" if self.layer is None else f"L{self.layer}") + ("" if self.head is None else f"H{self.head}")
         return f"{where or 'all'} {_words(self.queries)}→{_words(self.keys)}"
@@ -100,8 +124,8 @@ class Edge:
 @in_default_torch_state
 def knock_out(
     model: Any,
-    tokens: Int[Any, "sequence pos"],
     edges: Sequence[Edge | tuple[Edge, ...]],
+    tokens: Int[Any, "sequence pos"],
     *,
     metric: Metric | None = None,
     max_bytes: int = MAX_BYTES,
@@ -118,8 +142,8 @@ def knock_out(
     Args:
         model: A `HookedTransformer` or `TransformerBridge`. Its own hooks, and the edits of contexts around the call, act
             in every run, before this edit.
-        tokens: Token ids without padding.
         edges: What is cut; the edges of a tuple are cut together.
+        tokens: Token ids without padding.
         metric: By default the next-token loss of `tokens`.
         max_bytes: Working memory of one batch.
         seed: Of the bootstrap.
@@ -129,7 +153,7 @@ def knock_out(
         bootstrap over sequences); `edge` holds the labels of the entries.
 
     Raises:
-        TypeError: Not a hooked model, or not an edge.
+        TypeError: Not a hooked model, edges, token ids, or a metric.
         ValueError: Layers, heads or positions that do not exist; a metric that does not return one number per sequence.
 
     Example:
@@ -139,13 +163,14 @@ def knock_out(
         >>> tokens = planted.tokens(8)
         >>> metric = logit_difference(answers=tokens[:, 1], wrong=tokens[:, 2])
         >>> edges = [Edge(keys=1, queries=-1), Edge(keys=2, queries=-1)]  # the name is at position 1
-        >>> result = knock_out(mh.load_model(planted.model), tokens, edges, metric=metric)
+        >>> result = knock_out(mh.load_model(planted.model), edges, tokens, metric=metric)
         >>> [bool(effect < -30) for effect in result.effect]
         [True, False]
     """
     hooked = Hooked(model, max_bytes=max_bytes)
+    entries = _check_edges(hooked, edges)
     tokens = hooked.check_tokens(tokens)
-    entries = _check_edges(hooked, edges, length=tokens.shape[1])
+    _check_positions(entries, length=tokens.shape[1])
     edits = [(_first_layer(entry), _knocking_out(hooked, entry)) for entry in entries]
     return _effects(
         hooked,
@@ -189,7 +214,7 @@ def knocked_out(model: Any, edges: Sequence[Edge | tuple[Edge, ...]]) -> Iterato
         0.0
     """
     hooked = Hooked(model)
-    together = tuple(edge for entry in _check_edges(hooked, edges, length=None) for edge in entry)
+    together = tuple(edge for entry in _check_edges(hooked, edges) for edge in entry)
     with _runs.acting(hooked, _knocking_out(hooked, together)):
         yield
 
@@ -197,8 +222,8 @@ def knocked_out(model: Any, edges: Sequence[Edge | tuple[Edge, ...]]) -> Iterato
 @in_default_torch_state
 def force_pattern(
     model: Any,
-    tokens: Int[Any, "sequence pos"],
     heads: Sequence[Head | tuple[Head, ...]],
+    tokens: Int[Any, "sequence pos"],
     pattern: ForcedPattern,
     *,
     metric: Metric | None = None,
@@ -212,8 +237,8 @@ def force_pattern(
     Args:
         model: A `HookedTransformer` or `TransformerBridge`. Its own hooks, and the edits of contexts around the call, act
             in every run, before this edit.
+        heads: The heads of a tuple are replaced together. A pair of whole numbers is a head.
         tokens: Token ids without padding.
-        heads: The heads of a tuple are replaced together.
         pattern: "previous" (position t attends to t - 1, position 0 to itself), "self", "uniform" (over the past and
             itself), or a pattern `[query, key]` or `[sequence, query, key]`; it is taken as it is, not normalised.
         metric: By default the next-token loss of `tokens`.
@@ -225,7 +250,7 @@ def force_pattern(
         bootstrap over sequences); `forced` holds the labels of the entries.
 
     Raises:
-        TypeError: Not a hooked model, or not a head.
+        TypeError: Not a hooked model, heads, token ids, a pattern, or a metric.
         ValueError: Heads that do not exist; a pattern of another name or shape, or one that attends to what follows; a
             metric that does not return one number per sequence.
 
@@ -234,13 +259,13 @@ def force_pattern(
         >>> from mechhier.probes import Head, force_pattern, loss
         >>> planted = mh.models.planted.planted_induction()
         >>> tokens = planted.tokens(4)
-        >>> result = force_pattern(mh.load_model(planted.model), tokens, [Head(0, 0), Head(1, 0)], "previous")
+        >>> result = force_pattern(mh.load_model(planted.model), [Head(0, 0), Head(1, 0)], tokens, "previous")
         >>> [bool(abs(effect) > 1) for effect in result.effect]  # head 0 of layer 0 attends to the previous token anyway
         [False, True]
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    tokens = hooked.check_tokens(tokens)
     entries = _check_heads(hooked, heads)
+    tokens = hooked.check_tokens(tokens)
     given = _check_pattern(pattern)
     if isinstance(given, Tensor) and (
         given.shape[-1] != tokens.shape[1] or (given.ndim == 3 and len(given) != len(tokens))
@@ -296,6 +321,14 @@ def forced_pattern(model: Any, heads: Sequence[Head | tuple[Head, ...]], pattern
         yield
 
 
+def _as_positions(name: str, positions: Any) -> int | tuple[int, ...] | None:
+    if positions is None or is_whole(positions):
+        return None if positions is None else whole_number(name, positions)
+    if isinstance(positions, str) or not isinstance(positions, Iterable) or not getattr(positions, "ndim", 1):
+        raise TypeError(f"{name} must be a position, some of them, or None for all, got {shown(positions)}")
+    return tuple(whole_number(name, position) for position in positions)
+
+
 def _words(positions: int | tuple[int, ...] | None) -> str:
     if positions is None:
         return "all"
@@ -306,17 +339,21 @@ def _first_layer(edges: Sequence[Edge]) -> int:
     return min(0 if edge.layer is None else edge.layer for edge in edges)
 
 
-def _check_edges(hooked: Hooked, edges: Any, *, length: int | None) -> list[tuple[Edge, ...]]:
-    entries: Any = grouped(edges, accepted=(Edge,))
+def _check_edges(hooked: Hooked, edges: Any) -> list[tuple[Edge, ...]]:
+    entries: Any = grouped(edges, accepted=(Edge,), name="edges")
     for edge in (edge for entry in entries for edge in entry):
         if edge.layer is not None and not 0 <= edge.layer < hooked.n_layers:
             raise ValueError(f"no edge {edge}: the model has layers 0..{hooked.n_layers - 1}")
         if edge.head is not None and not 0 <= edge.head < hooked.n_heads:
             raise ValueError(f"no edge {edge}: the model has heads 0..{hooked.n_heads - 1} in every layer")
-        for positions in (edge.queries, edge.keys):
-            if length is not None and len(_reached(positions, length)) < _n_named(positions, length):
-                raise ValueError(f"no edge {edge}: positions must lie in {-length}..{length - 1}")
     return entries
+
+
+def _check_positions(entries: list[tuple[Edge, ...]], *, length: int) -> None:
+    for edge in (edge for entry in entries for edge in entry):
+        for positions in (edge.queries, edge.keys):
+            if len(_reached(positions, length)) < _n_named(positions, length):
+                raise ValueError(f"no edge {edge}: positions must lie in {-length}..{length - 1}")
 
 
 def _n_named(positions: int | tuple[int, ...] | None, length: int) -> int:
@@ -357,7 +394,7 @@ def _knocking_out(hooked: Hooked, edges: Sequence[Edge]) -> list[Hook]:
 
 
 def _check_heads(hooked: Hooked, heads: Any) -> list[tuple[Head, ...]]:
-    entries: Any = grouped(heads, accepted=(Head,))
+    entries: Any = grouped(heads, accepted=(Head,), name="heads")
     for entry in entries:
         check(hooked, entry)
     return entries
@@ -365,12 +402,12 @@ def _check_heads(hooked: Hooked, heads: Any) -> list[tuple[Head, ...]]:
 
 def _check_pattern(pattern: Any) -> str | Tensor:
     if isinstance(pattern, str):
-        if pattern not in get_args(NamedPattern):
-            raise ValueError(
-                f"pattern must be one of {', '.join(get_args(NamedPattern))}, or a tensor, got {pattern!r}"
-            )
-        return pattern
-    given = torch.as_tensor(pattern).float()
+        return one_of("pattern", pattern, get_args(NamedPattern))
+    try:
+        given = torch.as_tensor(pattern).float()
+    except (TypeError, ValueError, RuntimeError):
+        known = ", ".join(get_args(NamedPattern))
+        raise TypeError(f"pattern must be one of {known}, or a tensor [query, key], got {shown(pattern)}") from None
     if given.ndim not in (2, 3) or given.shape[-1] != given.shape[-2]:
         raise ValueError(f"a pattern must be [query, key] or [sequence, query, key], got {list(given.shape)}")
     if not given.isfinite().all() or bool(given.triu(1).any()):
@@ -432,7 +469,8 @@ def _effects(
 ) -> xr.Dataset:
     """The effect of every edit, given with its first layer."""
     coord = _runs.label_coord(labels)
-    metric = loss(tokens) if metric is None else metric
+    metric = loss(tokens) if metric is None else check_callable(metric)
+    seed = seed_number(seed)
     clean = _runs.measure(hooked, tokens, metric)[0]
     edited = np.empty((len(tokens), len(edits)))
     start: _runs.Start = None

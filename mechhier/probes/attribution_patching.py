@@ -11,10 +11,11 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import seed_number
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
 from mechhier.models.torch_state import in_default_torch_state
 from mechhier.probes import _runs
-from mechhier.probes.metrics import Metric, name_of
+from mechhier.probes.metrics import Metric, check_callable, name_of
 from mechhier.probes.patching import Direction, Plan, patched_values
 from mechhier.probes.provenance import provenance
 from mechhier.results import UNBOUNDED, correlation_interval, scored, warn_undefined, with_bounds
@@ -72,7 +73,7 @@ def attribution_patch(
         `_low`, `_high` (95 %, studentised bootstrap over sequences).
 
     Raises:
-        TypeError: Not a hooked model.
+        TypeError: Not a hooked model, token ids, or a metric.
         ValueError: As `patch`; a metric that is not differentiable.
 
     Example:
@@ -89,6 +90,7 @@ def attribution_patch(
     """
     hooked = Hooked(model, max_bytes=max_bytes)
     plan = Plan.of(hooked, clean, corrupted, sites, position, direction)
+    metric, seed = check_callable(metric), seed_number(seed)
     values = {
         name: _runs.measure(hooked, tokens, metric)[0]
         for name, tokens in (("clean", plan.clean), ("corrupted", plan.corrupted))

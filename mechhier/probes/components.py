@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 from torch import Tensor
 
+from mechhier.arguments import is_whole, one_of, shown, whole_number
 from mechhier.models.hooked import Hooked, SiteName
 
 Index: TypeAlias = "tuple[slice | int, ...]"
 Input: TypeAlias = Literal["q", "k", "v"]
+
+
+def _check_whole(part: Any, *names: str) -> None:
+    for name in names:
+        object.__setattr__(part, name, whole_number(f"{type(part).__name__}.{name}", getattr(part, name)))
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,9 @@ class Head:
 
     layer: int
     head: int
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "layer", "head")
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}"
@@ -31,6 +41,9 @@ class Attention:
 
     layer: int
 
+    def __post_init__(self) -> None:
+        _check_whole(self, "layer")
+
     def __str__(self) -> str:
         return f"attn{self.layer}"
 
@@ -40,6 +53,9 @@ class MLP:
     """All that a layer's MLP adds to the residual stream."""
 
     layer: int
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "layer")
 
     def __str__(self) -> str:
         return f"mlp{self.layer}"
@@ -53,6 +69,9 @@ class Neurons:
     start: int
     stop: int
 
+    def __post_init__(self) -> None:
+        _check_whole(self, "layer", "start", "stop")
+
     def __str__(self) -> str:
         return f"mlp{self.layer}[{self.start}:{self.stop}]"
 
@@ -62,6 +81,9 @@ class Resid:
     """The residual stream that enters a layer. It can be patched; ablating it would ablate everything before it."""
 
     layer: int
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "layer")
 
     def __str__(self) -> str:
         return f"resid{self.layer}"
@@ -78,6 +100,10 @@ class HeadInput:
     head: int
     input: Input
 
+    def __post_init__(self) -> None:
+        _check_whole(self, "layer", "head")
+        one_of("input", self.input, get_args(Input))
+
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}.{self.input}"
 
@@ -85,7 +111,7 @@ class HeadInput:
 Component: TypeAlias = Head | Attention | MLP | Neurons
 Part: TypeAlias = Component | Resid | HeadInput
 Entries: TypeAlias = "Sequence[Component | tuple[Component, ...]]"
-"""Components that are treated one after the other; those of a tuple at once."""
+"""Components that are treated one after the other; those of a tuple at once. A pair of whole numbers is a head."""
 
 _SITES: dict[type, SiteName] = {
     Head: "z",
@@ -121,30 +147,53 @@ def read(activation: Tensor, index: Index) -> Tensor:
     return activation[at(index)]
 
 
-def grouped(entries: Any, *, accepted: tuple[type, ...]) -> list[tuple[Any, ...]]:
+def grouped(entries: Any, *, accepted: tuple[type, ...], name: str = "components") -> list[tuple[Any, ...]]:
     """Entries as tuples; a single component is a tuple of one.
+
+    A pair of whole numbers is a head wherever heads are accepted: `[(0, 0), (0, 1)]` are two heads, one after the other,
+    `[((0, 0), (0, 1))]` the two together.
 
     Raises:
         TypeError: An entry is something else than `accepted`, or `entries` is no sequence.
         ValueError: There is no entry, or an empty one.
     """
-    names = ", ".join(kind.__name__ for kind in accepted)
-    if isinstance(entries, accepted):
+    wanted = ", ".join(kind.__name__ for kind in accepted)
+    if isinstance(entries, accepted) or _is_pair(entries, accepted):
         entries = [entries]
-    if isinstance(entries, str) or not isinstance(entries, Iterable):
-        raise TypeError(f"expected a sequence of {names}, or tuples of them, got {type(entries).__name__}")
+    expected = f"{name} must be a sequence of {wanted}, or tuples of them"
+    if isinstance(entries, str | bytes | Mapping) or not isinstance(entries, Iterable) or isinstance(entries, Tensor):
+        raise TypeError(f"{expected}, got {_other(entries)}; the order is (model, {name}, tokens, ...)")
     tuples: list[tuple[Any, ...]] = []
-    for entry in entries:
-        parts = entry if isinstance(entry, tuple) else (entry,)
+    of_array = isinstance(entries, np.ndarray)
+    for given in entries.tolist() if of_array else entries:
+        entry = tuple(given) if of_array and isinstance(given, list) else given
+        parts = entry if isinstance(entry, tuple) and not _is_pair(entry, accepted) else (entry,)
+        parts = tuple(Head(*part) if _is_pair(part, accepted) else part for part in parts)
         for part in parts:
             if not isinstance(part, accepted):
-                raise TypeError(f"expected {names}, or a tuple of them, got {part!r}")
+                raise TypeError(f"{expected}, got {_other(part)}{_how_to_make(accepted)}")
         if not parts:
-            raise ValueError("an entry names no component")
+            raise ValueError(f"an entry of {name} names no component; {expected}")
         tuples.append(parts)
     if not tuples:
-        raise ValueError(f"no component was given; accepted are {names}")
+        raise ValueError(f"{name}: no component was given; {expected}")
     return tuples
+
+
+def _is_pair(entry: Any, accepted: tuple[type, ...]) -> bool:
+    return Head in accepted and isinstance(entry, tuple) and len(entry) == 2 and all(map(is_whole, entry))
+
+
+def _other(entry: Any) -> str:
+    return f"the class {entry.__name__}" if isinstance(entry, type) else shown(entry)
+
+
+def _how_to_make(accepted: tuple[type, ...]) -> str:
+    if Head in accepted:
+        return "; a head is Head(layer, head) or the pair (layer, head)"
+    if HeadInput in accepted:
+        return "; a head's queries are HeadInput(layer, head, 'q')"
+    return "; attention to the first position is Edge(layer=0, head=0, keys=0)"
 
 
 def label(parts: tuple[object, ...]) -> str:
@@ -163,8 +212,6 @@ def check(hooked: Hooked, parts: Iterable[Part]) -> None:
             raise ValueError(f"no {part}: the model has layers 0..{hooked.n_layers - 1}")
         if isinstance(part, Head | HeadInput) and not 0 <= part.head < hooked.n_heads:
             raise ValueError(f"no {part}: the model has heads 0..{hooked.n_heads - 1} in every layer")
-        if isinstance(part, HeadInput) and part.input not in get_args(Input):
-            raise ValueError(f"no {part}: the inputs of a head are {', '.join(get_args(Input))}")
         if isinstance(part, MLP | Neurons) and hooked.attn_only:
             raise ValueError(f"no {part}: the model has attention layers only")
         if isinstance(part, Neurons) and not 0 <= part.start < part.stop <= hooked.d_mlp:

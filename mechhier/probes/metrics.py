@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import shown
+from mechhier.models.token_ids import token_ids
 from mechhier.models.torch_state import in_default_torch_state
 
 
@@ -54,6 +57,7 @@ def logit_difference(answers: PerSequence, wrong: PerSequence, *, position: PerS
         position: Where the answer is predicted, one for all or one for each; negative from the end.
 
     Raises:
+        TypeError: Text, or what is no number.
         ValueError: Not integers of that shape. When called: fewer of them than sequences, or a position or id outside
             of the logits.
     """
@@ -101,9 +105,12 @@ def kl_divergence(
         position: As in `logit_difference`.
 
     Raises:
+        TypeError: Not a tensor of floats.
         ValueError: Logits of another shape.
     """
     where = _ids(position, "position")
+    if not isinstance(reference_logits, Tensor) or not reference_logits.is_floating_point():
+        raise TypeError(f"reference_logits must be a tensor of logits, model(tokens), got {shown(reference_logits)}")
     if reference_logits.ndim == 3:
         rows = torch.arange(len(reference_logits), device=reference_logits.device)
         reference_logits = _at(reference_logits, rows, where)
@@ -127,13 +134,14 @@ def loss(tokens: Int[Any, "sequence pos"]) -> Metric:
         tokens: What is predicted: position t + 1 from the logits at t. Usually the tokens that are run, or the clean ones.
 
     Raises:
-        ValueError: Not integers of shape [sequence, pos], or fewer than two positions. When called: logits of another
+        TypeError: Text, floats, or anything else that holds no ids.
+        ValueError: Not of shape [sequence, pos], or fewer than two positions. When called: logits of another
             length, or more sequences than `tokens` has.
     """
-    targets = torch.as_tensor(tokens)
-    if targets.ndim != 2 or targets.shape[1] < 2 or targets.is_floating_point():
+    targets = token_ids(tokens)
+    if targets.shape[1] < 2:
         raise ValueError(
-            f"tokens must be integer ids of shape [sequence, at least 2 positions], got {list(targets.shape)}"
+            f"the loss is of the tokens after the first: tokens must have at least 2 positions, got {list(targets.shape)}"
         )
 
     def measure(logits: Tensor, rows: Tensor) -> Tensor:
@@ -147,6 +155,35 @@ def loss(tokens: Int[Any, "sequence pos"]) -> Metric:
     return _Named("next-token loss", "nat/token", measure)
 
 
+_MADE_WITH = {
+    "logit_difference": "logit_difference(answers=ids, wrong=ids)",
+    "probability": "probability(answers=ids)",
+    "log_probability": "log_probability(answers=ids)",
+    "kl_divergence": "kl_divergence(logits)",
+    "loss": "loss(tokens)",
+}
+
+
+def check_callable(metric: Any) -> Any:
+    """A metric as it was given, known to be one that can be called.
+
+    Raises:
+        TypeError: A name, one of the functions that make a metric, or anything that cannot be called.
+    """
+    name = metric if isinstance(metric, str) else getattr(metric, "__wrapped__", metric)
+    name = name if isinstance(name, str) else getattr(name, "__name__", "")
+    is_maker = callable(metric) and getattr(metric, "__module__", "") == __name__ and name in _MADE_WITH
+    if isinstance(metric, type) or not callable(metric) or is_maker:
+        how = _MADE_WITH.get(name) or "one of " + ", ".join(_MADE_WITH.values())
+        given = f"the function {name}" if is_maker else shown(metric)
+        raise TypeError(
+            f"metric must be a function of the logits and rows, got {given}: make one from mechhier.probes, metric={how}"
+            if name in _MADE_WITH
+            else f"metric must be a function of the logits and rows, {how}, got {given}"
+        )
+    return metric
+
+
 def name_of(metric: Metric) -> tuple[str, str]:
     """What a metric calls itself, and its units; a plain function goes by its own name and has no units."""
     name = getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__)
@@ -158,9 +195,15 @@ def _float(logits: Tensor) -> Tensor:
 
 
 def _ids(values: PerSequence, name: str) -> Tensor:
-    ids = torch.as_tensor(values)
-    if ids.ndim > 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be an integer, or one for every sequence, got {values!r}")
+    wanted = f"{name} must be a whole number, or one for every sequence"
+    try:
+        # torch has few operations on unsigned integers.
+        ids = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    except (TypeError, ValueError):
+        text = ": tokens are ids here, model.to_single_token(text)" if np.asarray(values).dtype.kind in "US" else ""
+        raise TypeError(f"{wanted}, got {shown(values)}{text}") from None
+    if ids.ndim > 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{wanted}, got {shown(values)}")
     return ids.clone().long() if ids.is_inference() else ids.long()  # autograd keeps no tensor of inference mode
 
 

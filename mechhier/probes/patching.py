@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -12,12 +12,13 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import is_whole, one_of, seed_number, shown, whole_number
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, HookFunction, SiteName, rows_being_run
 from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
 from mechhier.probes.ablation import ABLATABLE
 from mechhier.probes.components import Component, HeadInput, Index, Resid, check, grouped, locate
-from mechhier.probes.metrics import Metric, name_of
+from mechhier.probes.metrics import Metric, check_callable, name_of
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
 
@@ -75,7 +76,7 @@ def patch(
         `clean` and `corrupted`. Each with `_low`, `_high` (95 %, studentised bootstrap over sequences).
 
     Raises:
-        TypeError: Not a hooked model.
+        TypeError: Not a hooked model, token ids, or a metric.
         ValueError: Tokens, sites or a position that the model does not have, or sites of different dims; a metric that
             does not return one number per sequence.
 
@@ -92,6 +93,7 @@ def patch(
     """
     hooked = Hooked(model, max_bytes=max_bytes)
     plan = Plan.of(hooked, clean, corrupted, sites, position, direction)
+    metric, seed = check_callable(metric), seed_number(seed)
     values = {
         name: _runs.measure(hooked, tokens, metric)[0]
         for name, tokens in (("clean", plan.clean), ("corrupted", plan.corrupted))
@@ -118,8 +120,8 @@ def patch(
 @contextmanager
 def patched(
     model: Any,
-    source: Int[Any, "sequence pos"],
     components: Sequence[Component | Resid | HeadInput],
+    source: Int[Any, "sequence pos"],
     *,
     positions: int | Sequence[int] | None = None,
     max_bytes: int = MAX_BYTES,
@@ -135,14 +137,14 @@ def patched(
 
     Args:
         model: A `HookedTransformer` or `TransformerBridge`.
-        source: Token ids of the run from which the activations come; it is made on entry.
         components: `Head`, `Attention`, `MLP`, `Neurons`, `Resid` (the stream that enters a layer) or `HeadInput` (a head's
             q, k or v), all patched together.
+        source: Token ids of the run from which the activations come; it is made on entry.
         positions: Where; by default everywhere. Negative from the end.
         max_bytes: Working memory of one batch of the source.
 
     Raises:
-        TypeError: Not a hooked model, or not a component.
+        TypeError: Not a hooked model, components, or token ids.
         ValueError: Components or positions that do not exist. In a call: other sizes than the source's.
 
     Example:
@@ -150,15 +152,15 @@ def patched(
         >>> from mechhier.probes import Resid, patched
         >>> planted = mh.models.planted.planted_induction()
         >>> model, clean, other = mh.load_model(planted.model), planted.tokens(2, seed=0), planted.tokens(2, seed=1)
-        >>> with patched(model, other, [Resid(0)]):
+        >>> with patched(model, [Resid(0)], other):
         ...     moved = model(clean)
         >>> bool((moved - model(other)).abs().max() < 1e-3)
         True
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    tokens = hooked.check_tokens(source)
     parts: Any = [part for entry in grouped(components, accepted=(*ABLATABLE, Resid, HeadInput)) for part in entry]
     check(hooked, parts)
+    tokens = hooked.check_tokens(source, "source")
     where = _positions(positions, tokens.shape[1])
     places = [locate(hooked, part) for part in parts]
     kept, _ = _runs.record(
@@ -220,12 +222,14 @@ class Plan:
         """
         first, second = _runs.check_pair(hooked, clean, corrupted)
         single = isinstance(sites, str)
-        names: tuple[Any, ...] = (sites,) if single else tuple(sites)
         known = (*POSITION_SITES, *HEAD_SITES)
-        if not names or any(name not in known for name in names) or len(set(names)) < len(names):
-            raise ValueError(f"sites must be one or several of {', '.join(known)}, got {sites!r}")
-        if direction not in get_args(Direction):
-            raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
+        if not isinstance(sites, Iterable):
+            raise TypeError(f"sites must be one or several of {', '.join(known)}, got {shown(sites)}")
+        names: tuple[Any, ...] = (sites,) if single else tuple(one_of("sites", site, known) for site in sites)
+        one_of("sites", names[0] if names else "", known)
+        if len(set(names)) < len(names):
+            raise ValueError(f"sites must be different ones of {', '.join(known)}, got {shown(sites)}")
+        one_of("direction", direction, get_args(Direction))
         grouped_heads = hooked.n_kv_heads
         units = {
             first.shape[1] if name in POSITION_SITES else grouped_heads if name in ("k", "v") else hooked.n_heads
@@ -325,9 +329,12 @@ def patched_values(hooked: Hooked, plan: Plan, metric: Metric) -> Float[np.ndarr
 def _positions(positions: int | Sequence[int] | None, length: int) -> list[int]:
     if positions is None:
         return list(range(length))
-    chosen = [positions] if isinstance(positions, int) else [int(position) for position in positions]
+    if isinstance(positions, str) or not (is_whole(positions) or isinstance(positions, Iterable)):
+        raise TypeError(f"positions must be whole numbers in {-length}..{length - 1}, got {shown(positions)}")
+    given: Any = [positions] if is_whole(positions) else positions
+    chosen = [whole_number("position", position) for position in given]
     if not chosen or any(not -length <= position < length for position in chosen):
-        raise ValueError(f"positions must lie in {-length}..{length - 1}, got {positions}")
+        raise ValueError(f"positions must lie in {-length}..{length - 1}, got {shown(positions)}")
     return [position % length for position in chosen]
 
 

@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import seed_number, shown
 from mechhier.models.hooked import MAX_BYTES, Hook, Hooked, SiteName
 from mechhier.models.torch_state import entered_in_default_torch_state, in_default_torch_state
 from mechhier.probes import _runs
@@ -27,7 +28,7 @@ from mechhier.probes.components import (
     label,
     locate,
 )
-from mechhier.probes.metrics import Metric, name_of
+from mechhier.probes.metrics import Metric, check_callable, name_of
 from mechhier.probes.patching import taking
 from mechhier.probes.provenance import provenance
 from mechhier.progress import track
@@ -50,9 +51,9 @@ SOURCE = (
 @in_default_torch_state
 def path_patch(
     model: Any,
+    senders: Entries,
     clean: Int[Any, "sequence pos"],
     corrupted: Int[Any, "sequence pos"],
-    senders: Entries,
     receivers: Receivers = "logits",
     *,
     metric: Metric,
@@ -73,9 +74,9 @@ def path_patch(
     Args:
         model: A `HookedTransformer` or `TransformerBridge`, sequential or parallel. Its own hooks, and the edits of
             contexts around the call, act in every run, before the patch.
+        senders: `Head`, `Attention`, `MLP` or `Neurons`; those of a tuple send together.
         clean: Token ids without padding.
         corrupted: As many, of the same length.
-        senders: `Head`, `Attention`, `MLP` or `Neurons`; those of a tuple send together.
         receivers: "logits", or `HeadInput`s; those of a tuple receive together.
         metric: One number per sequence, from `mechhier.probes.metrics` or a callable like them.
         freeze_mlps: Freeze MLPs, too, at the clean run's values.
@@ -88,7 +89,7 @@ def path_patch(
         sender to a receiver `patched` is `clean`.
 
     Raises:
-        TypeError: Not a hooked model, or not a component.
+        TypeError: Not a hooked model, components, token ids, or a metric.
         ValueError: Tokens or components that the model does not have; a metric that does not return one number per
             sequence.
 
@@ -100,13 +101,14 @@ def path_patch(
         >>> corrupted = clean.roll(1, dims=0)
         >>> metric = logit_difference(answers=clean[:, 1], wrong=corrupted[:, 1])
         >>> model = mh.load_model(planted.model)
-        >>> movers = path_patch(model, clean, corrupted, [Head(0, 0), Head(0, 1)], metric=metric)
+        >>> movers = path_patch(model, [Head(0, 0), Head(0, 1)], clean, corrupted, metric=metric)
         >>> movers.recovered.values.round(2).tolist()
         [[0.0], [1.0]]
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    first, second = _runs.check_pair(hooked, clean, corrupted)
     sending, receiving = _check_ends(hooked, senders, receivers)
+    first, second = _runs.check_pair(hooked, clean, corrupted)
+    metric, seed = check_callable(metric), seed_number(seed)
     labels = {
         "sender": _runs.label_coord([label(entry) for entry in sending]),
         "receiver": _runs.label_coord([label(entry) for entry in receiving] or ["logits"]),
@@ -149,9 +151,9 @@ def path_patch(
 @contextmanager
 def path_patched(
     model: Any,
+    senders: Entries,
     clean: Int[Any, "sequence pos"],
     corrupted: Int[Any, "sequence pos"],
-    senders: Entries,
     receivers: Receivers = "logits",
     *,
     freeze_mlps: bool = False,
@@ -174,14 +176,14 @@ def path_patched(
         >>> from mechhier.probes import Head, path_patched
         >>> planted = mh.models.planted.planted_backup(share=0.7)
         >>> model, clean = mh.load_model(planted.model), planted.tokens(8)
-        >>> with path_patched(model, clean, clean.roll(1, dims=0), [Head(0, 0)]):
+        >>> with path_patched(model, [Head(0, 0)], clean, clean.roll(1, dims=0)):
         ...     inside = model(clean)
         >>> bool((inside - model(clean)).abs().max() > 1)
         True
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    first, second = _runs.check_pair(hooked, clean, corrupted)
     sending, receiving = _check_ends(hooked, senders, receivers)
+    first, second = _runs.check_pair(hooked, clean, corrupted)
     together = tuple(dict.fromkeys(part for entry in sending for part in entry))
     paths = _Paths(hooked, first, second, [together], receiving, freeze_mlps)
     edits: list[Hook] = []
@@ -198,10 +200,10 @@ def path_patched(
 def _check_ends(
     hooked: Hooked, senders: Entries, receivers: Receivers
 ) -> tuple[list[tuple[Component, ...]], list[tuple[HeadInput, ...]]]:
-    sending: Any = grouped(senders, accepted=ABLATABLE)
+    sending: Any = grouped(senders, accepted=ABLATABLE, name="senders")
     if isinstance(receivers, str) and receivers != "logits":
-        raise ValueError(f"receivers must be 'logits' or a sequence of HeadInput, got {receivers!r}")
-    receiving: Any = [] if isinstance(receivers, str) else grouped(receivers, accepted=(HeadInput,))
+        raise ValueError(f"receivers must be 'logits' or a sequence of HeadInput, got {shown(receivers)}")
+    receiving: Any = [] if isinstance(receivers, str) else grouped(receivers, accepted=(HeadInput,), name="receivers")
     for entry in (*sending, *receiving):
         check(hooked, entry)
     return sending, receiving

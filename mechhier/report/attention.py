@@ -180,23 +180,24 @@ def show_attention(
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.
         tokens: ids of one sequence; their strings come from the model's grammar or its tokenizer, if it has one.
-        heads: `(layer, head)` pairs, or a score [layer, head] such as `mh.phenomena.induction(model).IND`, whose six
+        heads: `Head`s or `(layer, head)` pairs, or a score [layer, head] such as `mh.phenomena.induction(model).IND`, whose six
             highest heads are shown, the highest first.
 
     Raises:
+        TypeError: for what is no hooked model, no token ids, or no heads.
         ValueError: for more than one sequence, a head that the model does not have, or a score with other dims.
     """
-    import torch
-
-    from mechhier.probes import Hooked
+    from mechhier.models.token_ids import token_ids
+    from mechhier.probes import Head, Hooked
     from mechhier.probes.attention import patterns
+    from mechhier.probes.components import grouped
 
-    ids = torch.as_tensor(tokens)
-    if ids.ndim != 1:
-        raise ValueError(f"tokens must be the ids of one sequence, [position], got the shape {list(ids.shape)}")
-    pairs = _top_heads(heads) if isinstance(heads, xr.DataArray) else [(int(layer), int(h)) for layer, h in heads]
-    weights = patterns(Hooked(model), ids[None], pairs)[0]
-    return attention_heads(_token_strings(model, ids.tolist()), weights, [f"L{layer}H{h}" for layer, h in pairs])
+    hooked = Hooked.of(model)
+    ids = token_ids(tokens, n_dims=1)
+    chosen: Any = _top_heads(heads) if isinstance(heads, xr.DataArray) else heads
+    parts = [part for entry in grouped(chosen, accepted=(Head,), name="heads") for part in entry]
+    weights = patterns(hooked, ids[None], parts)[0]
+    return attention_heads(_token_strings(hooked.model, ids.tolist()), weights, [str(part) for part in parts])
 
 
 def _top_heads(scores: xr.DataArray) -> list[tuple[int, int]]:

@@ -221,8 +221,8 @@ def test_attention_that_can_only_be_watched_refuses_every_edit_of_its_pattern(mo
     for call in (
         lambda: patch(model, tokens, corrupted, metric=metric, sites="pattern"),
         lambda: attribution_patch(model, tokens, corrupted, metric=metric, sites="pattern"),
-        lambda: mh.probes.knock_out(model, tokens, [Edge(keys=0)]),
-        lambda: mh.probes.force_pattern(model, tokens, [Head(0, 0)], "previous"),
+        lambda: mh.probes.knock_out(model, [Edge(keys=0)], tokens),
+        lambda: mh.probes.force_pattern(model, [Head(0, 0)], tokens, "previous"),
     ):
         with pytest.raises(CapabilityError, match=r"pattern edits.*only be watched"):
             call()

@@ -68,15 +68,15 @@ CALLS = {
     "ablate": lambda model: ablate(model, [Head(1, 0), MLP(2)], pair()[0], ablation="mean", metric=metric()),
     "patch": lambda model: patch(model, *pair(), metric=metric()),
     "attribution_patch": lambda model: attribution_patch(model, *pair(), sites="z", metric=metric(), exact=True),
-    "path_patch": lambda model: path_patch(model, *pair(), [Head(0, 0)], [HeadInput(2, 1, "q")], metric=metric()),
-    "knock_out": lambda model: knock_out(model, pair()[0], [Edge(layer=2, keys=0)], metric=metric()),
-    "force_pattern": lambda model: force_pattern(model, pair()[0], [Head(2, 0)], "uniform", metric=metric()),
+    "path_patch": lambda model: path_patch(model, [Head(0, 0)], *pair(), [HeadInput(2, 1, "q")], metric=metric()),
+    "knock_out": lambda model: knock_out(model, [Edge(layer=2, keys=0)], pair()[0], metric=metric()),
+    "force_pattern": lambda model: force_pattern(model, [Head(2, 0)], pair()[0], "uniform", metric=metric()),
 }
 CONTEXTS = {
     "ablated": lambda model: ablated(model, [Head(0, 1), MLP(1)], ablation="mean", reference=pair()[0]),
-    "patched": lambda model: patched(model, pair()[1], [Head(0, 1)], positions=2),
+    "patched": lambda model: patched(model, [Head(0, 1)], pair()[1], positions=2),
     "knocked_out": lambda model: knocked_out(model, [Edge(layer=1, head=2, keys=1)]),
-    "path_patched": lambda model: path_patched(model, *pair(), [Head(0, 0)], [HeadInput(2, 1, "q")]),
+    "path_patched": lambda model: path_patched(model, [Head(0, 0)], *pair(), [HeadInput(2, 1, "q")]),
     "forced_pattern": lambda model: forced_pattern(model, [Head(1, 2)], "previous"),
 }
 

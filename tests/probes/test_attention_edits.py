@@ -63,7 +63,7 @@ def masked(hf, edges):
 def test_knocking_out_equals_masking_before_the_softmax(architecture, kind):
     hf, model = random_hf(architecture), random_hooked(architecture, kind)
     edges = [*EDGES[:3], (EDGES[0], EDGES[3][1])]  # no row without anything left
-    result = knock_out(model, TOKENS, edges, metric=METRIC)
+    result = knock_out(model, edges, TOKENS, metric=METRIC)
     for number, entry in enumerate(edges):
         together = entry if isinstance(entry, tuple) else (entry,)
         with masked(hf, together):
@@ -95,9 +95,9 @@ def test_every_model_is_edited_alike_in_any_batches(architecture, kind):
         (knock_out, EDGES, ()),
         (force_pattern, [Head(1, 2), (Head(0, 0), Head(2, 1))], ("previous",)),
     ):
-        whole = measure(model, TOKENS, entries, *extra)
-        np.testing.assert_allclose(whole.effect, measure(model, TOKENS, entries, *extra, max_bytes=1).effect, atol=1e-5)
-        np.testing.assert_allclose(whole.effect, measure(other, TOKENS, entries, *extra).effect, atol=1e-4)
+        whole = measure(model, entries, TOKENS, *extra)
+        np.testing.assert_allclose(whole.effect, measure(model, entries, TOKENS, *extra, max_bytes=1).effect, atol=1e-5)
+        np.testing.assert_allclose(whole.effect, measure(other, entries, TOKENS, *extra).effect, atol=1e-4)
         assert (abs(whole.effect) > 1e-3).any()
 
 
@@ -124,11 +124,11 @@ def test_forcing_a_pattern_equals_its_product_with_the_values(architecture, kind
     z = (by_hand(name) if pattern is None else pattern) @ values[0]
     expected = logits_of(hf, TOKENS, [site_edit(hf, "z", 1, put(z, slice(None), head_slice(2)))])
     forced = name if pattern is None else pattern
-    result = force_pattern(model, TOKENS, [Head(1, 2)], forced, metric=METRIC)
+    result = force_pattern(model, [Head(1, 2)], TOKENS, forced, metric=METRIC)
     assert float(result.edited[0]) == pytest.approx(differences(expected), abs=3e-4)
     with forced_pattern(model, [Head(1, 2)], forced):
         torch.testing.assert_close(model(TOKENS, return_type="logits").detach(), expected, atol=1e-3, rtol=1e-4)
-        inside = knock_out(model, TOKENS, [Edge(layer=2, head=0, keys=0)], metric=METRIC, max_bytes=1)
+        inside = knock_out(model, [Edge(layer=2, head=0, keys=0)], TOKENS, metric=METRIC, max_bytes=1)
     assert float(inside.clean) == pytest.approx(differences(expected), abs=3e-4)
 
 
@@ -139,13 +139,13 @@ def test_planted_induction_needs_the_edge_to_the_copied_token_and_its_previous_t
     model = mh.load_model(planted.model, as_=kind)
     metric = logit_difference(tokens[:, 2], tokens[:, 3])
     edges = [Edge(layer=1, head=0, queries=6, keys=2), Edge(layer=1, head=0, queries=6, keys=3), Edge(0, 0, 2, 1)]
-    effect = knock_out(model, tokens, edges, metric=metric).effect
+    effect = knock_out(model, edges, tokens, metric=metric).effect
     assert float(effect[0]) < -1
     assert float(effect[2]) < -1
     assert abs(float(effect[1])) < 1e-3
-    forced = force_pattern(model, tokens, [Head(0, 0), Head(1, 0)], "self", metric=metric).effect
+    forced = force_pattern(model, [Head(0, 0), Head(1, 0)], tokens, "self", metric=metric).effect
     assert (forced < -1).all()
-    same = force_pattern(model, tokens, [Head(0, 0)], "previous", metric=metric).effect
+    same = force_pattern(model, [Head(0, 0)], tokens, "previous", metric=metric).effect
     assert abs(float(same[0])) < 1e-3
 
 
@@ -160,7 +160,7 @@ def test_planted_induction_needs_the_edge_to_the_copied_token_and_its_previous_t
 )
 def test_edges_that_do_not_exist_are_refused(edges, message):
     with pytest.raises(ValueError, match=message):
-        knock_out(random_hooked("llama", "bridge"), TOKENS, edges)
+        knock_out(random_hooked("llama", "bridge"), edges, TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_edges_that_do_not_exist_are_refused(edges, message):
 )
 def test_patterns_that_do_not_fit_are_refused(pattern, message):
     with pytest.raises(ValueError, match=message):
-        force_pattern(random_hooked("llama", "bridge"), TOKENS, [Head(0, 0)], pattern, metric=loss(TOKENS))
+        force_pattern(random_hooked("llama", "bridge"), [Head(0, 0)], TOKENS, pattern, metric=loss(TOKENS))
 
 
 def test_a_context_refuses_calls_that_its_pattern_does_not_fit():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from random_models import CLASSES, random_hooked, random_tokens
 
-from mechhier.probes import MLP, Attention, Head, HeadInput, Hooked, Neurons, Resid, ablate
+from mechhier.probes import MLP, Attention, Edge, Head, HeadInput, Hooked, Neurons, Resid, ablate, knock_out
 from mechhier.probes.components import check, grouped, label, locate, read
 
 
@@ -47,7 +48,6 @@ def test_a_component_is_located_in_an_activation_of_its_width(kind):
         (Attention(3), "no attn3"),
         (Neurons(0, 90, 97), r"no mlp0\[90:97\]: a range of neurons must lie in 0..96"),
         (Neurons(0, 5, 5), "not be empty"),
-        (HeadInput(0, 0, "w"), "q, k, v"),  # type: ignore[arg-type]
     ],
 )
 def test_what_the_model_does_not_have_is_named(part, message):
@@ -56,7 +56,7 @@ def test_what_the_model_does_not_have_is_named(part, message):
 
 
 def test_other_things_than_components_are_refused():
-    for wrong in ("L0H1", 3, [(0, 1)], [torch.zeros(1)]):
+    for wrong in ("L0H1", 3, [0, 1], [(0, 1.0)], [(0, 1, 2)], [torch.zeros(1)], torch.zeros(2, 2, dtype=torch.long)):
         with pytest.raises(TypeError, match="Head"):
             grouped(wrong, accepted=(Head, MLP))
     with pytest.raises(ValueError, match="no component"):
@@ -64,6 +64,32 @@ def test_other_things_than_components_are_refused():
     with pytest.raises(ValueError, match="no component"):
         grouped([()], accepted=(Head,))
     assert grouped(Head(0, 1), accepted=(Head,)) == [(Head(0, 1),)]
+    with pytest.raises(ValueError, match="input must be one of q, k, v"):
+        HeadInput(0, 0, "w")  # type: ignore[arg-type]
+    for wrong in (1.0, "1", True, None):
+        with pytest.raises(TypeError, match=r"Head\.layer must be a whole number"):
+            Head(wrong, 0)  # type: ignore[arg-type]
+
+
+def test_a_pair_of_whole_numbers_is_a_head_where_heads_are_accepted():
+    two, together = [(Head(0, 1),), (Head(1, 2),)], [(Head(0, 1), Head(1, 2))]
+    assert grouped([(0, 1), (np.int64(1), 2)], accepted=(Head, MLP)) == two
+    assert grouped(np.array([[0, 1], [1, 2]]), accepted=(Head,)) == two
+    assert grouped([((0, 1), Head(1, 2))], accepted=(Head,)) == together
+    assert grouped((0, 1), accepted=(Head,)) == [(Head(0, 1),)]
+    with pytest.raises(TypeError, match="Edge"):
+        grouped([(0, 1)], accepted=(Edge,), name="edges")
+
+
+def test_exchanged_arguments_are_told_the_order():
+    model, tokens = random_hooked("llama", "bridge"), random_tokens()
+    with pytest.raises(TypeError, match=r"the order is \(model, edges, tokens"):
+        knock_out(model, tokens, [Edge(keys=0)])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"the order is \(model, components, tokens"):
+        ablate(model, tokens, [Head(0, 0)])  # type: ignore[arg-type]
+
+
+def test_exchanged_entries_are_named_as_such():
     with pytest.raises(ValueError, match="named twice: L0H1"):
         ablate(random_hooked("llama", "bridge"), [Head(0, 1), Head(0, 1)], random_tokens(), ablation="zero")
     with pytest.raises(TypeError, match="HeadInput"):

@@ -34,7 +34,7 @@ CONTEXTS = {
     "zero": lambda model: ablated(model, [Head(0, 1), MLP(1)], ablation="zero"),
     "mean": lambda model: ablated(model, [Attention(1)], ablation="mean", reference=CLEAN),
     "resample": lambda model: ablated(model, [Head(0, 1), MLP(1)], ablation="resample", reference=CLEAN),
-    "patched": lambda model: patched(model, CORRUPTED, [Head(0, 1), Resid(1)], positions=2),
+    "patched": lambda model: patched(model, [Head(0, 1), Resid(1)], CORRUPTED, positions=2),
     "knocked_out": lambda model: knocked_out(model, [Edge(layer=1, head=2, keys=1)]),
     "forced_pattern": lambda model: forced_pattern(model, [Head(1, 2)], "previous"),
 }
@@ -43,10 +43,10 @@ FUNCTIONS = {
     "patch": lambda model, **o: patch(model, CLEAN, CORRUPTED, metric=METRIC, **o),
     "attribution_patch": lambda model, **o: attribution_patch(model, CLEAN, CORRUPTED, sites="z", metric=METRIC, **o),
     "path_patch": lambda model, **o: path_patch(
-        model, CLEAN, CORRUPTED, [Head(0, 0)], [HeadInput(2, 1, "q")], metric=METRIC, **o
+        model, [Head(0, 0)], CLEAN, CORRUPTED, [HeadInput(2, 1, "q")], metric=METRIC, **o
     ),
-    "knock_out": lambda model, **o: knock_out(model, CLEAN, [Edge(layer=2, keys=0)], metric=METRIC, **o),
-    "force_pattern": lambda model, **o: force_pattern(model, CLEAN, [Head(2, 0)], "uniform", metric=METRIC, **o),
+    "knock_out": lambda model, **o: knock_out(model, [Edge(layer=2, keys=0)], CLEAN, metric=METRIC, **o),
+    "force_pattern": lambda model, **o: force_pattern(model, [Head(2, 0)], CLEAN, "uniform", metric=METRIC, **o),
 }
 RESULTS = {"patch": "patched", "attribution_patch": "attribution", "path_patch": "patched"}
 
@@ -177,12 +177,12 @@ def test_a_patch_in_an_ablated_model_equals_both_edits_by_raw_hooks(kind):
 def test_the_inner_edit_of_a_site_acts_last(kind):
     hf, model = random_hf("llama"), random_hooked("llama", kind)
     z = record(hf, CORRUPTED, "z", 1)[..., head_slice(2)]
-    with ablated(model, [Head(1, 2)], ablation="zero"), patched(model, CORRUPTED, [Head(1, 2)]):
+    with ablated(model, [Head(1, 2)], ablation="zero"), patched(model, [Head(1, 2)], CORRUPTED):
         found = logits(model)
     expected = logits_of(hf, CLEAN, [site_edit(hf, "z", 1, put(z * 0, slice(None), head_slice(2)))])
     # The source is run inside the ablation, so that what is patched in is nothing.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    with patched(model, CORRUPTED, [Head(1, 2)]), ablated(model, [Head(1, 2)], ablation="zero"):
+    with patched(model, [Head(1, 2)], CORRUPTED), ablated(model, [Head(1, 2)], ablation="zero"):
         torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
 
 

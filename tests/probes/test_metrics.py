@@ -60,7 +60,7 @@ def test_half_precision_logits_are_measured_in_float32():
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (lambda: logit_difference(torch.ones(5), 1), "answers must be an integer"),
+        (lambda: logit_difference(torch.ones(5), 1), "answers must be a whole number"),
         (lambda: logit_difference(RIGHT[:4], 1)(LOGITS, ROWS), "answers are of 4 sequences"),
         (lambda: logit_difference(11, 1)(LOGITS, ROWS), "must lie in 0..10"),
         (lambda: probability(1, position=7)(LOGITS, ROWS), "position must lie in -7..6"),

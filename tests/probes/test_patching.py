@@ -124,7 +124,7 @@ def test_patching_a_run_with_itself_changes_nothing_and_recovers_no_number():
 @pytest.mark.parametrize("kind", CLASSES)
 def test_all_of_layer_0_recovers_everything_and_the_last_stream_only_the_last_position(kind):
     model = random_hooked("olmo2", kind)
-    with patched(model, CLEAN, [Resid(0)]):
+    with patched(model, [Resid(0)], CLEAN):
         torch.testing.assert_close(
             model(CORRUPTED, return_type="logits"), model(CLEAN, return_type="logits"), atol=1e-4, rtol=0
         )
@@ -226,10 +226,10 @@ def test_a_context_patches_every_kind_of_component(architecture, kind):
         expected = logits_of(
             hf, CORRUPTED, [site_edit(hf, site, 1, put(value.flatten(0, 1).view_as(value), [1, 3], where))]
         )
-        with patched(model, CLEAN, [part], positions=[1, -2]):
+        with patched(model, [part], CLEAN, positions=[1, -2]):
             found = model(CORRUPTED, return_type="logits").detach()
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
-    with patched(model, CLEAN[:1], [MLP(1)]):
+    with patched(model, [MLP(1)], CLEAN[:1]):
         from_one = model(CORRUPTED, return_type="logits").detach()
     value = record(hf, CLEAN[:1], "mlp_out", 1)
     torch.testing.assert_close(
@@ -239,13 +239,13 @@ def test_a_context_patches_every_kind_of_component(architecture, kind):
 
 def test_a_context_refuses_calls_that_do_not_correspond():
     model = random_hooked("llama", "bridge")
-    with patched(model, CLEAN, [HeadInput(1, 0, "q")]):
+    with patched(model, [HeadInput(1, 0, "q")], CLEAN):
         for wrong in (CORRUPTED[:2], CORRUPTED[:, :4], torch.cat([CORRUPTED, CORRUPTED])):
             with pytest.raises(ValueError, match="the source has 4 sequences of 5 tokens"):
                 model(wrong)
     with (
         pytest.raises(ValueError, match=r"positions must lie in -5\.\.4"),
-        patched(model, CLEAN, [MLP(0)], positions=5),
+        patched(model, [MLP(0)], CLEAN, positions=5),
     ):
         pass
 
@@ -323,7 +323,7 @@ def test_correlation_is_that_of_attribution_and_effect_and_batches_do_not_matter
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sites": "residual"}, "sites must be one or several of"),
+        ({"sites": "residual"}, "sites must be one of"),
         ({"sites": ["z", "resid_pre"]}, "different dims"),
         ({"sites": ["q", "k"]}, "different dims"),
         ({"sites": []}, "sites must be"),

@@ -62,7 +62,7 @@ SENDERS = [Head(0, 1), Attention(0), MLP(0), Neurons(0, 7, 60), Head(1, 3)]
 def test_paths_to_the_logits_equal_raw_hooks(architecture, kind, freeze_mlps):
     hf = random_hf(architecture)
     result = path_patch(
-        random_hooked(architecture, kind), CLEAN, CORRUPTED, SENDERS, metric=METRIC, freeze_mlps=freeze_mlps
+        random_hooked(architecture, kind), SENDERS, CLEAN, CORRUPTED, metric=METRIC, freeze_mlps=freeze_mlps
     )
     for number, sender in enumerate(SENDERS):
         expected = differences(logits_of(hf, CLEAN, sending(hf, sender, freeze_mlps=freeze_mlps)))
@@ -82,7 +82,7 @@ def test_paths_to_heads_inputs_equal_raw_hooks(architecture, kind):
         HeadInput(2, 1, "v"),
         (HeadInput(1, 0, "q"), HeadInput(2, 3, "v"), HeadInput(2, 3, "k")),
     ]
-    result = path_patch(random_hooked(architecture, kind), CLEAN, CORRUPTED, SENDERS, receivers, metric=METRIC)
+    result = path_patch(random_hooked(architecture, kind), SENDERS, CLEAN, CORRUPTED, receivers, metric=METRIC)
     clean = differences(logits_of(hf, CLEAN))
     for row, sender in enumerate(SENDERS):
         edits = sending(hf, sender, freeze_mlps=False)
@@ -107,7 +107,7 @@ def test_with_frozen_mlps_the_path_to_the_logits_is_the_direct_effect_under_the_
         moved = projection(exchanged) - projection(z["clean"])
     expected = differences(logits_of(hf, CLEAN, [site_edit(hf, "resid_post", 2, lambda x: x + moved)]))
     result = path_patch(
-        random_hooked(architecture, kind), CLEAN, CORRUPTED, [Head(1, 2)], metric=METRIC, freeze_mlps=True
+        random_hooked(architecture, kind), [Head(1, 2)], CLEAN, CORRUPTED, metric=METRIC, freeze_mlps=True
     )
     assert float(result.patched[0, 0]) == pytest.approx(expected, abs=3e-4)
 
@@ -122,18 +122,18 @@ def test_in_a_linear_model_the_paths_of_all_heads_add_up_to_the_whole_difference
     corrupted = CORRUPTED.clone()
     corrupted[:, -1] = CLEAN[:, -1]  # nothing differs along the embedding's own path
     heads = [Head(layer, head) for layer in range(2) for head in range(4)]
-    result = path_patch(model, CLEAN, corrupted, heads, metric=METRIC)
+    result = path_patch(model, heads, CLEAN, corrupted, metric=METRIC)
     total = float(result.corrupted - result.clean)
     assert abs(total) > 1e-4
     assert float(result.effect.sum()) == pytest.approx(total, abs=1e-5)
-    together = path_patch(model, CLEAN, corrupted, [tuple(heads)], metric=METRIC)
+    together = path_patch(model, [tuple(heads)], CLEAN, corrupted, metric=METRIC)
     assert float(together.recovered[0, 0]) == pytest.approx(0.0, abs=1e-3) or np.isnan(together.recovered[0, 0])
     assert float(together.patched[0, 0]) == pytest.approx(float(result.corrupted), abs=1e-5)
 
 
 @pytest.mark.parametrize(("architecture", "kind"), EVERY_MODEL)
 def test_every_model_has_the_same_paths_in_any_batches(architecture, kind):
-    arguments = (CLEAN, CORRUPTED, [Head(0, 1), MLP(1)], [HeadInput(2, 2, "q"), HeadInput(2, 3, "v")])
+    arguments = ([Head(0, 1), MLP(1)], CLEAN, CORRUPTED, [HeadInput(2, 2, "q"), HeadInput(2, 3, "v")])
     model = random_hooked(architecture, kind)
     whole = path_patch(model, *arguments, metric=METRIC)
     np.testing.assert_allclose(
@@ -145,7 +145,7 @@ def test_every_model_has_the_same_paths_in_any_batches(architecture, kind):
 
 
 def test_a_sender_that_sends_what_it_sends_anyway_has_no_effect():
-    result = path_patch(random_hooked("olmo2", "bridge"), CLEAN, CLEAN, SENDERS, metric=METRIC, freeze_mlps=True)
+    result = path_patch(random_hooked("olmo2", "bridge"), SENDERS, CLEAN, CLEAN, metric=METRIC, freeze_mlps=True)
     np.testing.assert_allclose(result.effect, 0.0, atol=1e-5)
     assert np.isnan(result.recovered).all()
 
@@ -153,11 +153,11 @@ def test_a_sender_that_sends_what_it_sends_anyway_has_no_effect():
 def test_paths_that_do_not_exist_are_refused():
     model = random_hooked("llama", "bridge")
     with pytest.raises(ValueError, match="receivers must be 'logits'"):
-        path_patch(model, CLEAN, CORRUPTED, SENDERS, "logit", metric=METRIC)  # type: ignore[arg-type]
+        path_patch(model, SENDERS, CLEAN, CORRUPTED, "logit", metric=METRIC)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="HeadInput"):
-        path_patch(model, CLEAN, CORRUPTED, SENDERS, [Head(1, 0)], metric=METRIC)  # type: ignore[list-item]
+        path_patch(model, SENDERS, CLEAN, CORRUPTED, [Head(1, 0)], metric=METRIC)  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"no L3H0\.q"):
-        path_patch(model, CLEAN, CORRUPTED, SENDERS, [HeadInput(3, 0, "q")], metric=METRIC)
+        path_patch(model, SENDERS, CLEAN, CORRUPTED, [HeadInput(3, 0, "q")], metric=METRIC)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -171,8 +171,8 @@ def test_a_block_holds_the_run_that_the_function_measures(architecture, kind, fr
         for to in ("logits", receivers):
             for sender in (MLP(0), (Head(0, 1), Head(0, 2))):
                 options = {"freeze_mlps": freeze_mlps}
-                expected = path_patch(model, CLEAN, CORRUPTED, [sender], to, metric=METRIC, **options)
-                with path_patched(model, CLEAN, CORRUPTED, [sender], to, **options):
+                expected = path_patch(model, [sender], CLEAN, CORRUPTED, to, metric=METRIC, **options)
+                with path_patched(model, [sender], CLEAN, CORRUPTED, to, **options):
                     inside = model(CLEAN, return_type="logits")
                 assert expected.patched.item() == pytest.approx(differences(inside), abs=1e-4)
                 assert abs(differences(inside) - differences(before)) > 1e-3
@@ -182,7 +182,7 @@ def test_a_block_holds_the_run_that_the_function_measures(architecture, kind, fr
 def test_a_block_refuses_other_tokens_than_the_clean_ones():
     model = random_hooked("llama", None)
     with (
-        path_patched(model, CLEAN, CORRUPTED, [Head(0, 1)]),
+        path_patched(model, [Head(0, 1)], CLEAN, CORRUPTED),
         pytest.raises(ValueError, match="3 sequences of 5 tokens"),
     ):
         model(CLEAN[:2])

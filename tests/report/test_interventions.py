@@ -40,9 +40,9 @@ def of_type(figure, kind):
 def test_effects_of_edits_are_bars_with_intervals_and_labels(model):
     results = [
         ablate(model, [Head(0, 1), (Head(0, 2), MLP(1))], CLEAN, ablation="zero", metric=METRIC),
-        knock_out(model, CLEAN, [Edge(keys=0), Edge(layer=1, keys=1)], metric=METRIC),
-        force_pattern(model, CLEAN, [Head(0, 1), Head(1, 1)], "self", metric=METRIC),
-        path_patch(model, CLEAN, CORRUPTED, [Head(0, 1), MLP(0)], metric=METRIC).isel(receiver=slice(0, 1)),
+        knock_out(model, [Edge(keys=0), Edge(layer=1, keys=1)], CLEAN, metric=METRIC),
+        force_pattern(model, [Head(0, 1), Head(1, 1)], CLEAN, "self", metric=METRIC),
+        path_patch(model, [Head(0, 1), MLP(0)], CLEAN, CORRUPTED, metric=METRIC).isel(receiver=slice(0, 1)),
     ]
     for result in results:
         figure = plot(result)
@@ -83,7 +83,7 @@ def test_attributions_stand_beside_the_true_effects_and_say_how_well_they_agree(
 
 def test_paths_between_components_are_a_matrix(model):
     receivers = [HeadInput(2, 0, "q"), HeadInput(2, 1, "v")]
-    result = path_patch(model, CLEAN, CORRUPTED, [Head(0, 1), Head(1, 0), MLP(0)], receivers, metric=METRIC)
+    result = path_patch(model, [Head(0, 1), Head(1, 0), MLP(0)], CLEAN, CORRUPTED, receivers, metric=METRIC)
     (heat,) = of_type(plot(result), "heatmap")
     np.testing.assert_allclose(np.asarray(heat.z), result.effect)
     assert list(heat.x) == ["L2H0.q", "L2H1.v"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float
 from pydantic import Field
 
+from mechhier.arguments import one_of, seed_number, shown, whole_number
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
 from mechhier.models.torch_state import in_default_torch_state
@@ -118,12 +119,15 @@ def function_vectors(
         none or the tasks were given), `chance`.
 
     Raises:
-        TypeError: Not a hooked model.
+        TypeError: Not a hooked model, or not tasks.
         ValueError: No tasks, no grammar and no tokenizer; fewer than two tasks; prompts longer than the context.
     """
     hooked = Hooked(model, max_bytes=max_bytes)
-    if effects not in get_args(_Effects):
-        raise ValueError(f"effects must be one of {', '.join(get_args(_Effects))}, got {effects!r}")
+    one_of("effects", effects, get_args(_Effects))
+    n_tasks = whole_number("n_tasks", n_tasks, at_least=2)
+    n_prompts, seed = whole_number("n_prompts", n_prompts, at_least=1), seed_number(seed)
+    if tasks is not None:
+        tasks = _checked(tasks)
     info = model_info(model)
     grammar = None if info is None else info.grammar
     has, text = True, "given by the caller"
@@ -272,6 +276,17 @@ def _warn_undefined(variables: Variables, selection: Prompts, test: Prompts) -> 
 
 def _n_queries(prompts: Prompts) -> int:
     return len(np.unique(prompts.queries))
+
+
+def _checked(tasks: Any) -> list[Task]:
+    remedy = "make them with mechhier.phenomena.word_tasks(model), grammar_tasks(grammar), or Task(...) from token ids"
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise TypeError(f"tasks must be a sequence of Task, got {shown(tasks)}: {remedy}")
+    found = list(tasks)
+    for task in found:
+        if not isinstance(task, Task):
+            raise TypeError(f"tasks must be a sequence of Task, got {shown(task)} among them: {remedy}")
+    return found
 
 
 def _splits(task: Task) -> tuple[Prompts, Prompts, Prompts]:

@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Int
 from scipy import stats
 
+from mechhier.arguments import number, one_of, seed_number, whole_number
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.torch_state import in_default_torch_state
 from mechhier.phenomena._tokens import natural_tokens
@@ -122,7 +123,7 @@ def hydra(
         because nothing qualifies is said in one `MeasurementWarning`.
 
     Raises:
-        TypeError: Not a hooked model.
+        TypeError: Not a hooked model, token ids, names, or numbers.
         ValueError: Tokens, targets, a level or an ablation that cannot be used.
         RuntimeError: Activations or logits are not finite; replacing an output by itself, or one that a component cannot
             see, has an effect (the model is not a deterministic causal stack); the terms do not add up.
@@ -136,16 +137,16 @@ def hydra(
     """
     hooked = Hooked(model, max_bytes=max_bytes)
     hooked.require("direct effects")
-    if level not in get_args(Level):
-        raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
-    if n_null < 0:
-        raise ValueError(f"n_null must not be negative, got {n_null}")
+    one_of("level", level, get_args(Level))
+    n_null, seed = whole_number("n_null", n_null, at_least=0), seed_number(seed)
+    n_sequences = whole_number("n_sequences", n_sequences, at_least=1)
+    min_probability = number("min_probability", min_probability, low=0.0, high=1.0)
     if tokens is None:
         text, rows = natural_tokens(hooked, n_sequences, seed=seed)
     else:
         text, rows = "given by the caller", hooked.check_tokens(tokens)
     n_patches = check_ablation(ablation, len(rows), n_patches)
-    wanted = None if targets is None else hooked.check_tokens(targets)
+    wanted = None if targets is None else hooked.check_tokens(targets, "targets")
     if wanted is not None and wanted.shape != rows.shape:
         raise ValueError(f"targets need one token per position, {list(rows.shape)}, got {list(wanted.shape)}")
 

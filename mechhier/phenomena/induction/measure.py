@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechhier.arguments import seed_number, whole_number
 from mechhier.models.hooked import MAX_BYTES, Hooked
 from mechhier.models.loading import model_info
 from mechhier.models.torch_state import in_default_torch_state
@@ -123,7 +124,7 @@ def induction(
         `_null` (mean over the random sets, bounds their quantiles), `_p`, and `_control` `[control]` for each set.
 
     Raises:
-        TypeError: Not a hooked model.
+        TypeError: Not a hooked model, token ids, or whole numbers.
         ValueError: Tokens that the model cannot take, or too few sequences.
 
     Example:
@@ -133,10 +134,9 @@ def induction(
         >>> bool(result.IND.sel(layer=1, head=0) > 0.99)
         True
     """
-    if n_sequences < 1:
-        raise ValueError(f"n_sequences must be at least 1, got {n_sequences}")
-    if n_controls < 0:
-        raise ValueError(f"n_controls must be at least 0, got {n_controls}")
+    n_sequences = whole_number("n_sequences", n_sequences, at_least=1)
+    n_controls = whole_number("n_controls", n_controls, at_least=0)
+    seed = seed_number(seed)
     hooked = Hooked(model, max_bytes=max_bytes)
     text, categories, floor, text_source, floor_source = _text(hooked, tokens, n_sequences, seed)
     repeats = random_repeats(hooked, n_sequences, seed=seed)
