@@ -10,9 +10,13 @@ Conventions, kept by every phenomenon, sweep and figure:
 
 from __future__ import annotations
 
+import datetime
+import io
+import json
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from scipy import stats
 
-from mechhier.files import replacing
+from mechhier.files import make_folder, write_whole
+from mechhier.specs import shown
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 999
@@ -376,46 +381,119 @@ def best_of(
 def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
     """Write a result, or the tree of a sweep, as netCDF, whole or not at all.
 
+    The bytes are made in memory and then written like those of any file: HDF5 ends the process where a disk is full.
+
+    Attributes that netCDF has no type for are stored as what it has: True and False as 1 and 0, None as the text `None`,
+    paths and times as text, mappings and mixed lists as JSON text. They are loaded as what was stored.
+
+    Args:
+        result: What to write.
+        path: Where to; `~` is the home, and folders that are missing are made.
+
     Returns:
         The path written.
+
+    Raises:
+        TypeError: It is no result, or an attribute cannot be stored; the message names it.
+        ValueError: A text in it is none that a file can hold, or netCDF cannot hold a variable; the message names it.
+        OSError: The file cannot be written; the message names it.
+
+    Memory: a copy of the result.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        result.to_netcdf(temporary, engine="h5netcdf")
+    path = _path(path)
+    if not isinstance(result, xr.Dataset | xr.DataTree):
+        remedy = "; name its variable first: .to_dataset(name=...)" if isinstance(result, xr.DataArray) else ""
+        raise TypeError(f"results are saved as an xarray Dataset or DataTree, not {shown(result)}{remedy}")
+    storable = (
+        xr.DataTree.from_dict({node.path: _storable(node.to_dataset(inherit=False), node.path) for node in result.subtree})
+        if isinstance(result, xr.DataTree)
+        else _storable(result, "")
+    )
+    try:
+        content = storable.to_netcdf(engine="h5netcdf")
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, KeyError) as error:
+        raise ValueError(f"cannot save {path}: netCDF cannot hold it: {error}") from error
+    make_folder(path.parent)
+    write_whole(path, bytes(content))
     return path
 
 
-def load(path: str | Path) -> xr.Dataset:
-    """Read a result into memory.
+def load(path: str | Path) -> Any:
+    """Read a result into memory: a Dataset, or the DataTree of a sweep or an experiment.
+
+    Args:
+        path: What `save` has written, or any netCDF file; `~` is the home.
+
+    Returns:
+        An `xarray.Dataset`; of a file with groups an `xarray.DataTree`.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file is not a whole netCDF file.
     """
-    path = Path(path)
+    path = _path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no result at {path}")
+        what = "a folder" if path.is_dir() else "no file there"
+        raise FileNotFoundError(f"no result at {path}: it is {what}")
     try:
-        return xr.load_dataset(path, engine="h5netcdf")
-    except (OSError, KeyError, RuntimeError) as error:
+        opened = xr.open_datatree(io.BytesIO(path.read_bytes()), engine="h5netcdf").load()
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable result ({error}); delete it and measure again") from error
+    return opened if opened.children else opened.to_dataset()
 
 
-def netcdf_safe(attributes: dict[str, Any]) -> dict[str, str | int | float]:
-    """Attributes that netCDF can hold: booleans as 0 and 1, None as text, the rest unchanged.
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a path is text or a Path, not {shown(path)}")
+    return Path(path).expanduser().absolute()
+
+
+def netcdf_safe(attributes: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
+    """Attributes as netCDF holds them (see `save`).
+
+    Args:
+        attributes: By name.
+        where: What they are of, for the message.
 
     Raises:
-        TypeError: A value that is neither text, number, boolean nor None.
+        TypeError: A name that is no text, or a value that cannot be stored.
+        ValueError: A text that no file can hold.
     """
-    safe: dict[str, str | int | float] = {}
-    for key, value in attributes.items():
-        if value is None:
-            safe[key] = str(value)
-        elif isinstance(value, bool):
-            safe[key] = int(value)
-        elif isinstance(value, str | int | float):
-            safe[key] = value
-        else:
-            raise TypeError(f"attribute {key!r} is a {type(value).__name__}; results hold text and numbers")
-    return safe
+    of = f" of {where}" if where else ""
+    for name in attributes:
+        if not isinstance(name, str):
+            raise TypeError(f"an attribute{of} is called {shown(name)}; names of attributes are text")
+    return {name: _attribute(f"attribute {name!r}{of}", value) for name, value in attributes.items()}
+
+
+def _storable(dataset: xr.Dataset, where: str) -> xr.Dataset:
+    copy = dataset.copy()
+    copy.attrs = netcdf_safe(copy.attrs, where.strip("/"))
+    for name, variable in copy.variables.items():
+        variable.attrs = netcdf_safe(variable.attrs, f"{where.strip('/')} {name}".strip())
+    return copy
+
+
+def _attribute(what: str, value: Any) -> Any:
+    """An attribute as netCDF holds it."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} is {shown(value)}, which no file can hold") from None
+        return value
+    if isinstance(value, np.ndarray | list | tuple) and np.asarray(value).dtype.kind in "iuf":
+        return value
+    if isinstance(value, int | float | np.number):
+        return value
+    if value is None or isinstance(value, os.PathLike | datetime.date):
+        return str(value)
+    if isinstance(value, dict | list | tuple | np.ndarray):
+        plain = value.tolist() if isinstance(value, np.ndarray) else value
+        try:
+            return json.dumps(plain, default=str)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what} cannot be stored as JSON text: {error}") from None
+    raise TypeError(f"{what} is {shown(value)}; results hold text, numbers, lists of these, and mappings")

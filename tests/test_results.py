@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import datetime
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,7 +237,7 @@ def test_saved_result_reads_back_equal_with_units_and_booleans(tmp_path):
 
 def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     path = results.save(xr.Dataset({"a": 1.0}), tmp_path / "x.nc")
-    with pytest.raises(ValueError, match="cannot serialize"):
+    with pytest.raises(ValueError, match="netCDF cannot hold it"):
         results.save(xr.Dataset({"a": ((), object())}), path)
     assert float(results.load(path).a) == 1.0
     assert [file.name for file in tmp_path.iterdir()] == ["x.nc"]
@@ -248,6 +252,83 @@ def test_missing_and_truncated_results_are_named(tmp_path):
         results.load(path)
 
 
-def test_attributes_that_netcdf_cannot_hold_are_refused():
-    with pytest.raises(TypeError, match="'heads' is a list"):
-        results.netcdf_safe({"heads": [1, 2]})
+class _Unknown:
+    pass
+
+
+ATTRIBUTES = [
+    (True, 1),
+    (np.bool_(False), 0),
+    (None, "None"),
+    (Path("a/b"), str(Path("a/b"))),
+    (datetime.date(2026, 1, 2), "2026-01-02"),
+    ({"a": [1, None]}, '{"a": [1, null]}'),
+    ([1, "a"], '[1, "a"]'),
+    ((1.5, 2.5), [1.5, 2.5]),
+    ([], "[]"),
+    (np.float32(0.5), 0.5),
+    ("ü", "ü"),
+]
+
+
+@pytest.mark.parametrize(("given", "stored"), ATTRIBUTES)
+@pytest.mark.parametrize("place", ["dataset", "variable", "coordinate", "node"])
+def test_attributes_come_back_as_the_docstring_says(tmp_path, given, stored, place):
+    result = xr.Dataset({"a": ("x", [1.0])}, coords={"x": [0]})
+    holder = {"variable": result.a, "coordinate": result.x}.get(place, result)
+    holder.attrs["mine"] = given
+    saved = results.save(xr.DataTree.from_dict({"/arm": result}) if place == "node" else result, tmp_path / "x.nc")
+    loaded = results.load(saved)
+    if place == "node":
+        loaded = loaded["arm"].to_dataset()
+    found = {"variable": loaded.a, "coordinate": loaded.x}.get(place, loaded).attrs["mine"]
+    assert np.all(found == stored)
+    assert holder.attrs["mine"] is given, "the caller's result is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"mine": _Unknown()}, TypeError, "attribute 'mine' of a is a _Unknown; results hold text, numbers"),
+        ({3: "a"}, TypeError, "an attribute of a is called 3; names of attributes are text"),
+        ({"mine": "\ud800"}, ValueError, r"attribute 'mine' of a is '\\ud800', which no file can hold"),
+    ],
+)
+def test_attributes_that_netcdf_cannot_hold_are_refused_by_name(tmp_path, given, error, message):
+    with pytest.raises(error, match=message):
+        results.save(xr.Dataset({"a": ((), 1.0, given)}), tmp_path / "x.nc")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("other", [xr.DataArray([1.0]), {"a": 1}, None])
+def test_what_is_no_result_is_not_saved(tmp_path, other):
+    with pytest.raises(TypeError, match="results are saved as an xarray Dataset or DataTree, not"):
+        results.save(other, tmp_path / "x.nc")
+
+
+def test_a_tree_is_loaded_as_a_tree_and_home_and_folder_are_found(tmp_path, monkeypatch):
+    tree = xr.DataTree.from_dict({"/a/b": xr.Dataset({"x": ("i", [1.0, 2.0])}), "/c": xr.Dataset({"y": 1})})
+    tree.attrs["failed"] = "[]"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert results.save(tree, "~/x.nc") == tmp_path / "x.nc"
+    loaded = results.load("~/x.nc")
+    xr.testing.assert_identical(loaded, tree)
+    with pytest.raises(FileNotFoundError, match="it is a folder"):
+        results.load(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    program = (
+        "import resource, signal, sys, numpy as np, xarray as xr\n"
+        "from mechhier import results\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "results.save(xr.Dataset({'a': ('x', np.zeros(1000))}), sys.argv[1])\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "x.nc")], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].endswith(f"File too large: '{tmp_path / 'x.nc'}'")
+    assert list(tmp_path.iterdir()) == []
