@@ -455,7 +455,7 @@ def _run_of(folder: Path) -> tuple[Path, Manifest] | None:
         return None
     try:
         manifest = Manifest.read(path)
-        check_checkpoint(path, folder)
+        check_checkpoint(path, folder, manifest)
     except RunError as error:
         raise ModelLoadError(f"cannot load folder {folder}, a checkpoint of a run: {error}") from error
     return path, manifest

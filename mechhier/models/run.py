@@ -7,6 +7,7 @@ run/
   checkpoints/step-000400/          an ordinary Hugging Face model folder: safetensors, config, tokenizer; and
     evaluation.json                 the held-out loss by position
   files.sha256                      the hash of every file above but the manifest, taken when it was written
+  results/<phenomenon>/             measurements of the checkpoints, one file for each (`mechhier.sweeps`)
   trainer/                          the optimizer's state, for resuming; removed when training has finished
 """
 
@@ -45,6 +46,7 @@ LOG = "log.jsonl"
 FLOOR = "floor.nc"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
+RESULTS = "results"
 _STEP = re.compile(r"step-(\d{6,})")
 _MOST_MANIFEST_BYTES = 2**26
 
@@ -126,12 +128,17 @@ class Manifest(Described):
     def differences(self, other: Manifest) -> list[str]:
         """Which settings of model, training and corpus differ, or its text, as `name: mine -> theirs`."""
         compared = {"model", "train", "corpus", "text_sha256"}
-        mine, theirs = (_flat(m.model_dump(mode="json", include=compared)) for m in (self, other))
-        return [
-            f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}"
-            for name in sorted({*mine, *theirs})
-            if mine.get(name) != theirs.get(name)
-        ]
+        return differences(*(m.model_dump(mode="json", include=compared) for m in (self, other)))
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Which leaves of two trees of settings differ, as `name: mine -> theirs`."""
+    mine, theirs = _flat(mine), _flat(theirs)
+    return [
+        f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    ]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -181,16 +188,35 @@ def kept_steps(run: Path) -> list[int]:
     return sorted(int(found[1]) for entry in entries if (found := _STEP.fullmatch(entry.name)) and entry.is_dir())
 
 
-def check_checkpoint(run: Path, folder: Path) -> None:
+def written_hashes(run: Path, manifest: Manifest) -> dict[str, str]:
+    """The hashes of a run's files when they were written, by name; a run of format 1 or 2 has none.
+
+    Raises:
+        RunError: The run has finished, and its list is absent or has changed: nothing could be compared with it.
+    """
+    if manifest.finished and manifest.format >= 3 and hashes.changed(run, {hashes.LIST: manifest.files_sha256 or ""}):
+        raise RunError(
+            f"{run / hashes.LIST} is absent or damaged, so that nobody can say whether the run's files are as they were "
+            "written. What to do: copy it from a backup; or copy a checkpoint out of the run, where it loads unchecked"
+        )
+    return hashes.read(run / hashes.LIST)
+
+
+def check_checkpoint(run: Path, folder: Path, manifest: Manifest) -> None:
     """Compare the files of a run's checkpoint with their hashes when they were written; a run of format 1 or 2 has none.
 
     Cost: reads them once.
 
     Raises:
-        RunError: A file is absent or has changed.
+        RunError: A file is absent or has changed, or has no hash.
     """
     inside = f"{folder.relative_to(run).as_posix()}/"
-    of_folder = {name: digest for name, digest in hashes.read(run / hashes.LIST).items() if name.startswith(inside)}
+    of_folder = {name: digest for name, digest in written_hashes(run, manifest).items() if name.startswith(inside)}
+    if manifest.format >= 3 and not of_folder:
+        raise RunError(
+            f"{folder} has no hashes in {run / hashes.LIST}: the training has not written it whole. What to do: call train "
+            "again with the same model, corpus and folder; or, if you put it there, move it out of the run"
+        )
     if changed := hashes.changed(run, of_folder):
         raise RunError(
             f"{folder} is damaged: {', '.join(name.removeprefix(inside) for name in changed)} are not there as they were "
@@ -271,12 +297,15 @@ class Run:
         """
         import pandas as pd
 
+        content = self._content(LOG)
         try:
-            lines = [json.loads(line) for line in self._content(LOG).decode().splitlines()]
-        except ValueError as error:
+            lines = [json.loads(line) for line in content.decode().splitlines()]
+            log = pd.DataFrame(lines, columns=["step", "loss", "eval_loss", "floor", "learning_rate"]).astype("float64")
+            log["step"] = log["step"].astype("int64")
+        except (ValueError, TypeError) as error:
             raise self._damaged(LOG, error) from error
-        log = pd.DataFrame(lines, columns=["step", "loss", "eval_loss", "floor", "learning_rate"]).astype("float64")
-        log["step"] = log["step"].astype("int64")
+        if log.empty:
+            raise self._damaged(LOG, "it has no lines")
         log.insert(1, "tokens", log["step"] * self.train_spec.batch_size * self.manifest.corpus["context"])
         return log
 
@@ -313,13 +342,17 @@ class Run:
         import xarray as xr
 
         steps, parts = self.steps, []
+        if not steps:
+            raise self._damaged(CHECKPOINTS, "there are no checkpoints")
         for step in steps:
             name = f"{checkpoint_folder(self.path, step).relative_to(self.path).as_posix()}/{EVALUATION}"
+            content = self._content(name)
             try:
-                parts.append(json.loads(self._content(name)))
-            except ValueError as error:
+                part = json.loads(content)
+                parts.append([np.asarray(part[values], dtype=float) for values in ("loss", "loss_error")])
+            except (ValueError, TypeError, KeyError) as error:
                 raise self._damaged(name, error) from error
-        loss, half = (np.array([part[name] for part in parts]) for name in ("loss", "loss_error"))
+        loss, half = (np.array(values) for values in zip(*parts, strict=True))
         half *= 1.96
         long_name = "held-out loss"
         found = xr.Dataset(
@@ -354,10 +387,15 @@ class Run:
         steps = self.steps
         chosen = step
         if step in ("last", -1):
-            chosen = steps[-1]
+            chosen = self.manifest.steps
         elif isinstance(step, float) and 0 <= step <= 1:
-            chosen = min(steps, key=lambda kept: abs(kept - step * self.manifest.steps))
+            chosen = min(self.manifest.checkpoint_steps, key=lambda kept: abs(kept - step * self.manifest.steps))
         if chosen not in steps:
+            if chosen in self.manifest.checkpoint_steps:  # and not its neighbour, which is another model
+                raise MissingCheckpointError(
+                    f"the checkpoint of step {chosen} is gone from {self.path / CHECKPOINTS}, which has {steps}. What to do: "
+                    "copy it from a backup, or train again in another folder"
+                )
             raise MissingCheckpointError(
                 f"{self.path} has no checkpoint of step {step!r}; it has {steps}, 'last', and the nearest to a fraction "
                 "from 0.0 to 1.0"
@@ -390,7 +428,8 @@ class Run:
     def check(self) -> None:
         """Compare all that is on disk with the hashes that were taken when it was written, and the text with its own.
 
-        `sha256sum --check files.sha256` in the run's folder does the same for the files.
+        `sha256sum --check files.sha256` in the run's folder does the same for the files. Measurements (`results/`) have keys
+        of their own, which `sweep` compares.
 
         Cost: reads all files once, and makes all of the text that was trained on (a run of format 1 or 2: its first block).
 
@@ -406,13 +445,12 @@ class Run:
                     wrong.append(f"the weights of step {step} are not those that were trained")
         else:
             gone = tuple(f"{checkpoint_folder(Path(), step).as_posix()}/" for step in missing)
-            listed = {name: digest for name, digest in self._hashes.items() if not name.startswith(gone)}
+            listed = hashes.read(self.path / hashes.LIST)
+            listed = {name: digest for name, digest in listed.items() if not name.startswith(gone)}
             wrong += [f"{name} is not there as it was written" for name in hashes.changed(self.path, listed)]
-            if not self._list_is_whole():
-                wrong.append(f"{hashes.LIST} is not the list that was written")
         try:
             logged = set(self.log["step"])
-        except RunError as error:
+        except RunError as error:  # of the list of hashes, too
             wrong.append(str(error))
         else:
             if unlogged := sorted(set(manifest.checkpoint_steps) - logged):
@@ -429,10 +467,7 @@ class Run:
 
     @cached_property
     def _hashes(self) -> dict[str, str]:
-        return hashes.read(self.path / hashes.LIST)
-
-    def _list_is_whole(self) -> bool:
-        return not hashes.changed(self.path, {hashes.LIST: self.manifest.files_sha256 or ""})
+        return written_hashes(self.path, self.manifest)
 
     def _content(self, name: str) -> bytes:
         """A small file of the run, if it is as it was written.
@@ -440,11 +475,12 @@ class Run:
         Raises:
             RunError: It is absent or has changed.
         """
+        listed = self._hashes
         try:
             content = (self.path / name).read_bytes()
         except OSError as error:
-            raise self._damaged(name, error) from error
-        if self._hashes.get(name, (digest := hashlib.sha256(content).hexdigest())) != digest:
+            raise self._damaged(name, error.strerror) from error
+        if name in listed and listed[name] != hashlib.sha256(content).hexdigest():
             raise self._damaged(name, "it is not what was written")
         return content
 

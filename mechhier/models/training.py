@@ -8,6 +8,7 @@ ends in bitwise the same weights as an uninterrupted one, with the same number o
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import math
@@ -147,9 +148,6 @@ def train(
 
 
 def _train(manifest: Manifest, corpus: Corpus, out: Path, report_to: Sequence[str]) -> Run:
-    existing = _check_folder(out, manifest)
-    if existing is not None and existing.finished and not (out / TRAINER).exists():
-        return Run.open(out)  # without the lock: the folder may be someone else's
     with ExitStack() as held:
         if not _begun(manifest, corpus, out, held):
             return Run.open(out)
@@ -173,14 +171,16 @@ def _begun(manifest: Manifest, corpus: Corpus, out: Path, held: ExitStack) -> bo
     said: list[Any] = [None]
     if processes().is_main_process:
         try:
-            _check_folder(out, manifest)
-            busy = (
-                f"another process is training in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
-            )
-            held.enter_context(only_process_in(out, otherwise=RunError(busy)))
-            # Only now: until the lock was held, another process may have begun or finished.
-            existing = _check_folder(out, manifest)
-            if existing is not None and existing.finished:
+            # What has finished is returned without the lock: the folder may be someone else's.
+            if not _has_finished(existing := _check_folder(out, manifest)):
+                busy = (
+                    f"another process is training in {out} (it holds {out / LOCK}): wait for it, or choose another "
+                    "folder"
+                )
+                held.enter_context(only_process_in(out, otherwise=RunError(busy)))
+                # Until the lock was held, another process may have begun or finished.
+                existing = _check_folder(out, manifest)
+            if _has_finished(existing):
                 shutil.rmtree(out / TRAINER, ignore_errors=True)  # a kill just before the end leaves it
             else:
                 _announce(manifest, corpus, out)
@@ -189,7 +189,7 @@ def _begun(manifest: Manifest, corpus: Corpus, out: Path, held: ExitStack) -> bo
                     remove_leftovers(folder)
                 if existing is None:
                     manifest.write(out)
-            said = [existing is None or not existing.finished]
+            said = [not _has_finished(existing)]
         except (RunError, TrainingError, OSError) as error:
             said = [error]
     # A refusal in one process only would leave the others waiting for it.
@@ -199,9 +199,13 @@ def _begun(manifest: Manifest, corpus: Corpus, out: Path, held: ExitStack) -> bo
     return begun
 
 
+def _has_finished(manifest: Manifest | None) -> bool:
+    return manifest is not None and manifest.finished
+
+
 def _finish(manifest: Manifest, corpus: Corpus, out: Path, written: dict[str, str]) -> None:
     """Say that the training has finished, with the hashes of all that was written when it was."""
-    hashes.write(out / hashes.LIST, written | {LOG: hashes.of_file(out / LOG)})
+    hashes.write(out / hashes.LIST, written)
     finished = {
         "finished": True,
         "files_sha256": hashes.of_file(out / hashes.LIST),
@@ -566,8 +570,8 @@ class _Session(TrainerCallback):
     def _resume(self) -> tuple[int, Path | None]:
         """The step and the folder of the state to go on from, 0 and None without one; what came after it is removed."""
         written = hashes.read(self.out / hashes.LIST)
-        step = self._usable_state(written)
-        processes().wait_for_everyone()  # all have looked
+        # The first process looks, and all go on from what it found.
+        step = broadcast_object_list([self._usable_state(written) if self.main else None])[0]
         if self.main:
             _remove_states(self.out, but=step)
             kept = [each for each in kept_steps(self.out) if step is not None and each <= step]
@@ -668,7 +672,9 @@ class _Session(TrainerCallback):
         self._report(line)
 
     def _write_log(self) -> None:
-        write_whole(self.out / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
+        content = "".join(json.dumps(line) + "\n" for line in self.log).encode()
+        write_whole(self.out / LOG, content)
+        self.written[LOG] = hashlib.sha256(content).hexdigest()  # in the list at the end: until then a state has it
 
     def _report(self, line: dict[str, float | None]) -> None:
         """Show loss and speed in the progress row, and hand them to whatever `report_to` names."""

@@ -51,6 +51,19 @@ def test_checkpoints_are_found_by_step_by_name_and_by_the_nearest_fraction(refer
     assert reference.checkpoint(step) == reference.checkpoint(found)
 
 
+@pytest.mark.parametrize(("step", "gone"), [("last", 12), (-1, 12), (1.0, 12), (0.0, 0), (0, 0), (0.5, 7)])
+def test_a_checkpoint_that_is_gone_is_not_replaced_by_its_neighbour(reference, tmp_path, step, gone):
+    run = _copied(reference, tmp_path)
+    shutil.rmtree(run.checkpoint(gone))
+    with pytest.raises(MissingCheckpointError, match=rf"checkpoint of step {gone} is gone from .* What to do"):
+        run.load(step)
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(MissingCheckpointError, match="is gone"):
+        run.load(step)
+    with pytest.raises(RunError, match="there are no checkpoints"):
+        _ = run.evaluation
+
+
 @pytest.mark.parametrize("step", ["first", 1.5, -0.5])
 def test_what_names_no_checkpoint_is_refused(reference, step):
     with pytest.raises(MissingCheckpointError, match="no checkpoint of step"):
@@ -129,8 +142,49 @@ def test_what_stands_beside_the_weights_is_named_when_it_is_damaged(reference, t
     path.write_bytes({"flipped": flipped, "cut": content[:middle], "absent": b""}[damage])
     if damage == "absent":
         path.unlink()
-    with pytest.raises(RunError, match=rf"{path.name} is absent or damaged: .* What to do"):
+    with pytest.raises(RunError, match=rf"{path.name} is absent or damaged: .* What to do") as error:
         read(run)
+    assert str(error.value).count("absent or damaged") == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "absent"])
+def test_without_its_list_of_hashes_nothing_of_a_run_is_used_unchecked(reference, tmp_path, damage):
+    run = _copied(reference, tmp_path)
+    path = run.path / "files.sha256"
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:] if damage == "flipped" else content[: len(content) // 2])
+    if damage == "absent":
+        path.unlink()
+    weights = run.checkpoint(12) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for read in (lambda: run.load(12), lambda: run.log, lambda: run.floor, lambda: run.evaluation, run.check):
+        with pytest.raises(ValueError, match=r"files\.sha256 is absent or damaged, .* What to do: copy it"):
+            read()
+    shutil.copytree(reference.checkpoint(12), tmp_path / "taken out")
+    load_model(tmp_path / "taken out")
+
+
+def test_a_checkpoint_that_training_did_not_write_is_refused(reference, tmp_path):
+    run = _copied(reference, tmp_path)
+    shutil.copytree(run.checkpoint(7), run.path / "checkpoints" / "step-000009")
+    with pytest.raises(ModelLoadError, match=r"step-000009 has no hashes .* move it out of the run"):
+        run.load(9)
+
+
+def test_a_former_log_or_evaluation_that_has_no_hash_is_named_where_it_cannot_be_read(reference, tmp_path):
+    run = _copied(reference, tmp_path)
+    (run.path / "files.sha256").unlink()
+    run.manifest.model_copy(update={"format": 2, "files_sha256": None}).write(run.path)
+    run = Run.open(run.path)
+    evaluation = run.checkpoint(7) / "evaluation.json"
+    for text in ("", "{", "1\n", "null\n", '{"loss": "x"}\n', "\ud800"):
+        for path, read in ((run.path / "log.jsonl", lambda: run.log), (evaluation, lambda: run.evaluation)):
+            if text == '{"loss": "x"}\n' and path.name == "log.jsonl":
+                text = '{"step": "x"}\n'
+            path.write_bytes(text.encode("utf-8", "surrogatepass"))
+            with pytest.raises(RunError, match=rf"{path.name} is absent or damaged: .* What to do") as error:
+                read()
+            assert str(error.value).count("What to do") == 1
 
 
 def test_what_lies_beside_the_checkpoints_is_not_looked_at(reference, tmp_path):

@@ -297,6 +297,27 @@ def test_a_finished_training_is_not_trained_again_by_who_waited_for_it(plan, ref
     assert train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train).steps == reference.steps
 
 
+def test_a_finished_training_is_returned_while_another_process_holds_its_folder(plan, reference, tmp_path):
+    shutil.copytree(reference.path, tmp_path / "run")
+    (tmp_path / "run" / "trainer").mkdir()  # as a kill just before the end leaves it
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        assert train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train).steps == reference.steps
+    assert contents(tmp_path / "run") == contents(reference.path)
+
+
+def test_the_logs_hash_is_of_what_was_written(plan, tmp_path, monkeypatch):
+    finish = training._finish
+
+    def damaged(manifest, corpus, out, written):
+        (out / "log.jsonl").write_text((out / "log.jsonl").read_text().replace("0.003", "0.004"))
+        finish(manifest, corpus, out, written)
+
+    monkeypatch.setattr(training, "_finish", damaged)
+    run = train(plan.spec, plan.corpus, tmp_path / "run", train=plan.train)
+    with pytest.raises(RunError, match=r"log\.jsonl is not there as it was written"):
+        run.check()
+
+
 def _refused_as_one_of_several(plan, out):
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(RunError, match="another process is training in"):
