@@ -45,7 +45,7 @@ def seen_run() -> None:
     from mechhier import results
     from mechhier.models import Run
 
-    seen = {"open": _seen(lambda: Run.open(RUN).path)}
+    seen = {"open": _seen(lambda: Run.open(RUN).manifest.steps)}
     if seen["open"].startswith((REFUSED, RAW)):
         print(json.dumps(seen))  # noqa: T201
         return
