@@ -36,7 +36,7 @@ def is_whole(value: Any) -> bool:
 
 
 def whole_number(name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> int:
-    """A whole number, as Python's int; NumPy's are accepted, bools and floats are not.
+    """A whole number, as Python's int; NumPy's and `1e3` are accepted, bools are not.
 
     Raises:
         TypeError: Not a whole number.
@@ -54,11 +54,10 @@ def whole_number(name: str, value: Any, *, at_least: int | None = None, at_most:
         wanted += f" of at least {at_least}"
     elif at_most is not None:
         wanted += f" of at most {at_most}"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not is_whole(value):
-        remedy = ""
-        if isinstance(value, float) and value.is_integer():
-            remedy = f"; write {name}={int(value)}"
-        raise TypeError(f"{name} must be {wanted}, got {shown(value)}{remedy}")
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
     number = operator.index(value)
     if (at_least is not None and number < at_least) or (at_most is not None and number > at_most):
         raise ValueError(f"{name} must be {wanted}, got {number}")
