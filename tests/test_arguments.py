@@ -154,7 +154,7 @@ def test_whole_numbers_seeds_and_names():
     assert whole_number("n", np.int16(3)) == 3
     assert seed_number(np.uint32(7)) == 7
     assert whole_number("n", 2.0) == 2
-    with pytest.raises(TypeError, match="n must be a whole number, got 2.5"):
+    with pytest.raises(TypeError, match=r"n must be a whole number, got 2\.5"):
         whole_number("n", 2.5)
     with pytest.raises(ValueError, match="2\\^63"):
         seed_number(2**64)

@@ -39,7 +39,7 @@ NGram(n_tokens=40, order=3)                                  | order: no such fi
 NGram(n_tokens="many")                                       | n_tokens: must be a whole number
 cfg3(n_levels="3")                                           | n_levels: must be a whole number
 cfg3(n_levels=10**6)                                         | n_levels: must be at most
-cfg3(levels=3)                                               | levels: no such option; did you mean n_levels
+cfg3(levels=3)                                               | levels: no such field; did you mean n_levels
 dyck(p_nest=1)                                               | p_nest
 dyck(max_depth=10**6)                                        | max_depth
 random_hierarchy(n_tuples=100, n_symbols=2)                  | the rules need
@@ -49,7 +49,7 @@ PCFG.from_string("S -> 'a'")                                 | every alternative
 PCFG.from_string("S -> 'a' [0.5]")                           | sum to
 PCFG.from_string("S -> NPP 'a' [1.0]\nNP -> 'b' [1.0]")      | did you mean 'NP'
 PCFG.from_string("S -> S 'a' [1.0]")                         | unproductive
-PCFG.from_string("S -> S S [0.6] | 'a' [0.4]")               | S
+PCFG.from_string("S -> S S [0.6]\nS -> 'a' [0.4]")            | S -> S S
 PCFG.from_string(3)                                          | text
 PCFG.from_cfg3({"all": 3})                                   | not a cfg3 table
 pcfg.log_probability([0, 9])                                 | token ids must be 0
@@ -136,7 +136,7 @@ ablate(model, [Head(0, 99)], tokens)                         | head
 ablate(model, [Head(0, 0)], tokens, ablation="mean", reference="text") | reference.*model.to_tokens
 ablate(model, [Head(0, 0)], tokens, ablation="delete")       | ablation must be one of
 ablate(model, [Head(0, 0)], tokens, metric="loss")           | metric
-ablate(model, [Head(0, 0)], tokens, metric=lambda logits: "a") | metric
+ablate(model, [Head(0, 0)], tokens, metric=lambda logits, rows: "a") | metric
 ablate(model, [], tokens)                                    | .
 ablate(model, ["L0H0"], tokens)                              | Head
 knock_out(model, tokens, [Edge(keys=0)])                     | edges
