@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from mechhier.progress import announce
-from mechhier.specs import Spec, SpecError, read_spec
+from mechhier.progress import announce, quiet, write
+from mechhier.specs import SpecError, read_spec
 
 if TYPE_CHECKING:
     from mechhier.experiments import Experiment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_console = Console(stderr=True, soft_wrap=True)
 
 SpecName = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged experiment such as 'demo'.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the results; default: results/<name of the spec>.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Neither progress nor announcements; errors and warnings stay.")]
 
 
 @app.callback()
 def main() -> None:
-    """Grammars with known structure, transformers trained on them, and one probe suite for their circuits."""
+    """Grammars with known structure, transformers trained on them, and one probe suite for their circuits.
+
+    Exit codes: 0 all is done; 1 an error, which is said; 2 the command line or the spec is wrong; 3 some measurements failed,
+    the others are there; 130 and 143 stopped by Ctrl-C and by SIGTERM: the same command goes on from there.
+    """
 
 
 @app.command()
-def run(spec: SpecName, out: Out = None, threads: Threads = None) -> None:
+def run(spec: SpecName, out: Out = None, threads: Threads = None, quiet: Quiet = False) -> None:
     """Carry out an experiment: corpora, training, measurements, report. The same command goes on where it stopped."""
-    experiment, out = _experiment(spec, out, threads)
-    with _reported_errors():
+    with _command(quiet):
+        experiment, out = _experiment(spec, out, threads)
         report = experiment.run(out)
-    announce(f"Report: {report}")
+        announce(f"Report: {report}")
 
 
 @app.command()
@@ -50,10 +57,11 @@ def train(
         list[str] | None, typer.Option(help="Where else to log: tensorboard (in the run's folder), wandb, ...")
     ] = None,
     threads: Threads = None,
+    quiet: Quiet = False,
 ) -> None:
     """Do an experiment's trainings, without measurements; `run` goes on from there. Works under `accelerate launch`."""
-    experiment, out = _experiment(spec, out, threads)
-    with _reported_errors():
+    with _command(quiet):
+        experiment, out = _experiment(spec, out, threads)
         for run in experiment.train(out, only=only, report_to=report_to or ()).values():
             announce(f"Trained: {run.path}")
 
@@ -63,18 +71,19 @@ def corpus(
     spec: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged corpus such as 'cfg3'.")],
     out: Annotated[Path | None, typer.Option(help="Folder to store the corpus in; default: it is only shown.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that generate blocks.")] = 1,
+    quiet: Quiet = False,
 ) -> None:
     """Show a corpus (sentences, a tree, frequencies, floors), and store it. The same command goes on where it stopped."""
-    from mechhier.grammars.corpus import CorpusSpec
-    from mechhier.grammars.preview import preview
+    with _command(quiet):
+        from mechhier.grammars.corpus import CorpusSpec
+        from mechhier.grammars.preview import preview
 
-    described = _read(CorpusSpec, spec, package="mechhier.grammars.corpora")
-    with _reported_errors():
-        streamed = described.corpus()
+        streamed = read_spec(CorpusSpec, spec, package="mechhier.grammars.corpora").corpus()
         page = Console()
         for part in preview(streamed):
             page.print(part)
         if out is not None:
+            out = out.expanduser()
             streamed.save(out, workers=workers)
             announce(f"Corpus: {out}")
 
@@ -83,38 +92,65 @@ def _experiment(spec: str, out: Path | None, threads: int | None) -> tuple[Exper
     """The experiment that a spec describes, and the folder of its results."""
     from mechhier.experiments import Experiment
 
-    experiment = _read(Experiment, spec, package="mechhier.experiments")
+    experiment = read_spec(Experiment, spec, package="mechhier.experiments")
     # Threads that wait must not spin: on a machine that does something else too, spinning makes two slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    out = out or Path("results") / Path(spec).stem
+    out = (out or Path("results") / Path(spec).stem).expanduser()
     n_trainings = len(experiment.trainings)
     announce(f"{experiment.title}: {n_trainings} trainings, results in {out}")
     return experiment, out
 
 
-def _read(model: type[Spec], source: str, *, package: str) -> Spec:
-    try:
-        return read_spec(model, source, package=package)
-    except SpecError as error:
-        _console.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+class _Terminated(SystemExit):
+    """SIGTERM; like Ctrl-C it unwinds, so that what is open is closed."""
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    # A second one must not cut short what is being closed.
+    signal.signal(number, signal.SIG_IGN)
+    raise _Terminated
 
 
 @contextmanager
-def _reported_errors() -> Iterator[None]:
-    """Say what was wrong in one line, without a traceback."""
+def _command(is_quiet: bool) -> Iterator[None]:
+    """A command's work: what goes wrong is said without a traceback, and what stops it has an exit code."""
+    # Only the main thread may set handlers.
+    handled = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if handled else None
     try:
-        yield
-    except KeyboardInterrupt:
-        _console.print("Stopped. The same command goes on from here.", style="yellow")
-        raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
-        _console.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        with quiet() if is_quiet else nullcontext():
+            yield
+    except (KeyboardInterrupt, _Terminated) as stop:
+        write("Stopped. The same command goes on from here.", style="yellow")
+        raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except SpecError as error:
+        raise _failed(error, code=2) from error
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        raise _failed(error, code=1) from error
+    finally:
+        if handled:
+            # None is a handler that was not set from Python, and cannot be set again.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _failed(error: Exception, *, code: int) -> typer.Exit:
+    """Say what went wrong; returns the end of the command."""
+    write(_said(error), style="red")
+    return typer.Exit(code)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if str(error).strip():
+        return str(error)
+    return "Out of memory" if isinstance(error, MemoryError) else f"Stopped by {type(error).__name__}"
 
 
 if __name__ == "__main__":

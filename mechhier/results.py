@@ -21,10 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import h5netcdf
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 from scipy import stats
+from xarray.backends import H5NetCDFStore
 
 from mechhier.files import make_folder, write_whole
 from mechhier.specs import shown
@@ -45,6 +47,8 @@ Student statistic no bound; with this the statistic stays below 2 n times its nu
 _BOOTSTRAP_BYTES = 2**26
 _TAIL = (1 - CONFIDENCE) / 2
 
+FAILED_STEPS = "failed_steps"
+"""Attribute of a phenomenon over training: the steps whose measurement failed, so that figures leave a gap there."""
 UNBOUNDED = (-np.inf, np.inf)
 RANGES = {
     "attention mass": (0.0, 1.0),
@@ -405,16 +409,18 @@ def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
         remedy = "; name its variable first: .to_dataset(name=...)" if isinstance(result, xr.DataArray) else ""
         raise TypeError(f"results are saved as an xarray Dataset or DataTree, not {shown(result)}{remedy}")
     storable = (
-        xr.DataTree.from_dict({node.path: _storable(node.to_dataset(inherit=False), node.path) for node in result.subtree})
+        xr.DataTree.from_dict(
+            {node.path: _storable(node.to_dataset(inherit=False), node.path) for node in result.subtree}
+        )
         if isinstance(result, xr.DataTree)
         else _storable(result, "")
     )
     try:
-        content = storable.to_netcdf(engine="h5netcdf")
-    except (TypeError, ValueError, NotImplementedError, RuntimeError, KeyError) as error:
+        content = _netcdf(storable)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"cannot save {path}: netCDF cannot hold it: {error}") from error
     make_folder(path.parent)
-    write_whole(path, bytes(content))
+    write_whole(path, content)
     return path
 
 
@@ -433,13 +439,27 @@ def load(path: str | Path) -> Any:
     """
     path = _path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no file there"
-        raise FileNotFoundError(f"no result at {path}: it is {what}")
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise FileNotFoundError(f"no result at {path}: {what}")
     try:
         opened = xr.open_datatree(io.BytesIO(path.read_bytes()), engine="h5netcdf").load()
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable result ({error}); delete it and measure again") from error
     return opened if opened.children else opened.to_dataset()
+
+
+def _netcdf(result: xr.Dataset | xr.DataTree) -> bytes:
+    """The bytes of a netCDF file."""
+    nodes = {"/": result}
+    if isinstance(result, xr.DataTree):
+        nodes = {node.path: node.to_dataset(inherit=False) for node in result.subtree}
+    buffer = io.BytesIO()
+    # By way of the store: `to_netcdf` made no bytes yet in xarray 2025.6, the last one for Python 3.10.
+    with h5netcdf.File(buffer, "w") as file:
+        for path, dataset in nodes.items():
+            group = file if path == "/" else file.create_group(path) if path not in file else file[path]
+            dataset.dump_to_store(H5NetCDFStore(group))
+    return buffer.getvalue()
 
 
 def _path(path: Any) -> Path:
@@ -461,17 +481,25 @@ def netcdf_safe(attributes: Mapping[Any, Any], where: str = "") -> dict[str, Any
     """
     of = f" of {where}" if where else ""
     for name in attributes:
-        if not isinstance(name, str):
-            raise TypeError(f"an attribute{of} is called {shown(name)}; names of attributes are text")
+        _check_name(f"an attribute{of}", name)
     return {name: _attribute(f"attribute {name!r}{of}", value) for name, value in attributes.items()}
 
 
 def _storable(dataset: xr.Dataset, where: str) -> xr.Dataset:
+    for name in {*dataset.variables, *dataset.sizes}:
+        _check_name(f"a variable or dimension of {where}" if where.strip("/") else "a variable or dimension", name)
     copy = dataset.copy()
     copy.attrs = netcdf_safe(copy.attrs, where.strip("/"))
     for name, variable in copy.variables.items():
         variable.attrs = netcdf_safe(variable.attrs, f"{where.strip('/')} {name}".strip())
     return copy
+
+
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{what} is called {shown(name)}; names are text")
+    if not name or not name.isprintable():
+        raise ValueError(f"{what} is called {shown(name)}; a name is text without invisible characters")
 
 
 def _attribute(what: str, value: Any) -> Any:
@@ -483,17 +511,31 @@ def _attribute(what: str, value: Any) -> Any:
             value.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{what} is {shown(value)}, which no file can hold") from None
+        if "\0" in value:
+            raise ValueError(f"{what} is {shown(value)}; netCDF ends a text at a character 0")
+        return str(value)  # NumPy's text is none of HDF5's
+    if isinstance(value, int | np.integer) and not -(2**63) <= int(value) < 2**64:
+        raise ValueError(f"{what} is {shown(value)}; netCDF holds whole numbers from -2^63 to 2^64 - 1")
+    if isinstance(value, int | float | np.integer | np.floating):
         return value
-    if isinstance(value, np.ndarray | list | tuple) and np.asarray(value).dtype.kind in "iuf":
-        return value
-    if isinstance(value, int | float | np.number):
-        return value
-    if value is None or isinstance(value, os.PathLike | datetime.date):
+    if value is None or isinstance(
+        value, os.PathLike | datetime.date | datetime.time | datetime.timedelta | np.datetime64
+    ):
         return str(value)
     if isinstance(value, dict | list | tuple | np.ndarray):
+        if not isinstance(value, dict) and _is_numbers(value):
+            return value
         plain = value.tolist() if isinstance(value, np.ndarray) else value
         try:
             return json.dumps(plain, default=str)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"{what} cannot be stored as JSON text: {error}") from None
     raise TypeError(f"{what} is {shown(value)}; results hold text, numbers, lists of these, and mappings")
+
+
+def _is_numbers(values: Any) -> bool:
+    """Whether a list is an array of numbers; a ragged one is none."""
+    try:
+        return np.asarray(values).dtype.kind in "iuf"
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return False

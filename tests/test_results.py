@@ -290,7 +290,7 @@ def test_attributes_come_back_as_the_docstring_says(tmp_path, given, stored, pla
     ("given", "error", "message"),
     [
         ({"mine": _Unknown()}, TypeError, "attribute 'mine' of a is a _Unknown; results hold text, numbers"),
-        ({3: "a"}, TypeError, "an attribute of a is called 3; names of attributes are text"),
+        ({3: "a"}, TypeError, "an attribute of a is called 3; names are text"),
         ({"mine": "\ud800"}, ValueError, r"attribute 'mine' of a is '\\ud800', which no file can hold"),
     ],
 )
@@ -332,3 +332,45 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].endswith(f"File too large: '{tmp_path / 'x.nc'}'")
     assert list(tmp_path.iterdir()) == []
+
+
+NESTED: list = []
+for _ in range(5000):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        (np.str_("x"), "x"),
+        ([[1], [1, 2]], "[[1], [1, 2]]"),
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4]]),
+        (np.datetime64("2026-01-02"), "2026-01-02"),
+        (np.float16(0.5), 0.5),
+        (2**64 - 1, 2**64 - 1),
+    ],
+)
+def test_attributes_of_numpy_and_uneven_lists_are_stored(tmp_path, given, stored):
+    found = results.load(results.save(xr.Dataset(attrs={"x": given}), tmp_path / "x.nc")).attrs["x"]
+    np.testing.assert_array_equal(found, stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("x", 2**70), ("x", 1j), ("x", np.complex64(1)), ("x", NESTED), ("x", "a\0b"), ("_NCProperties", 1)],
+)
+def test_attributes_that_cannot_be_stored_are_named_in_one_line(tmp_path, name, given):
+    with pytest.raises((TypeError, ValueError), match=name) as refused:
+        results.save(xr.Dataset({"a": 1.0}, attrs={name: given}), tmp_path / "x.nc")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 300
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", 3, "\ud800", "a\0b", "a\x1b[31m"])
+def test_names_that_netcdf_cannot_hold_are_refused(tmp_path, name):
+    named = xr.Dataset({"a": ("i", [1.0, 2.0])})
+    for result in (named.rename(a=name), named.rename(i=name), named.assign_attrs({name: 1})):
+        with pytest.raises((TypeError, ValueError), match=r"is called .*names? (are|is) text"):
+            results.save(result, tmp_path / "x.nc")
+    assert not list(tmp_path.iterdir())

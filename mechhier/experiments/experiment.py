@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -10,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mechhier import results
+from mechhier.files import LOCK, only_process_in, write_whole
 from mechhier.grammars import AnyGrammar, Corpus, Grammar
 from mechhier.grammars.families import FAMILIES, expand_family, is_family
 from mechhier.models import ModelSpec, TrainSpec
 from mechhier.models.spec import MOST_BYTES
-from mechhier.specs import Described, Flag, Text, Whole, read_spec
+from mechhier.reading import read_json, read_text
+from mechhier.specs import Described, Flag, Text, Whole, read_spec, shown
 
 if TYPE_CHECKING:
     from mechhier.models import Run
@@ -24,6 +28,16 @@ MOST_NAME = 100
 MOST_ARMS = MOST_SEEDS = 1_000
 Title = Annotated[Text, Field(max_length=500)]
 """A line of text."""
+
+
+EXPERIMENT = "experiment.json"
+RESULTS = "results.nc"
+_LISTED = 10
+_MOST_BYTES = 2**26
+
+
+class ExperimentError(ValueError):
+    """An experiment cannot be carried out in a folder; the message says why and what to do."""
 
 
 class Arm(Described):
@@ -194,21 +208,23 @@ class Experiment(Described):
             report_to: Where else to log, as for `mechhier.train`.
 
         Raises:
-            ValueError: `only` names none of them.
-            RunError: A folder holds another training.
+            ExperimentError: `only` names none of them, or `out` holds another experiment.
+            RunError: A folder holds another training, or another process trains there.
             TrainingError: A loss diverged, or the disk is too small.
         """
         from mechhier.models import train
 
+        out = _folder(out)
+        self._check_folder(out)
         if only is not None and only not in self.trainings:
-            raise ValueError(f"no training {only!r}: choose from {', '.join(self.trainings)}")
+            raise ExperimentError(f"no training {shown(only)}: choose from {', '.join(self.trainings)}")
         runs = {}
         for name, training in self.trainings.items():
             if only in (None, name):
                 runs[name] = train(
                     self.model,
                     training.corpus(),
-                    Path(out) / name / "run",
+                    out / name / "run",
                     train=training.arm.train.model_copy(update={"seed": training.seed}),
                     report_to=report_to,
                     arm=training.arm_name,
@@ -218,21 +234,68 @@ class Experiment(Described):
     def run(self, out: str | Path) -> Path:
         """Train, measure every checkpoint, and write the report; go on where it stopped.
 
+        What fails of the measurements is listed in the report, and by `mechhier.sweeps.failures` of `results.nc`; a
+        `SweepWarning` says so at the end.
+
         Args:
-            out: Folder of everything: `<name>/run` of each training (checkpoints, log, one file per measurement),
-                `results.nc` (all measurements in one netCDF), `report.html`, `figures/*.png`.
+            out: Folder of everything: `experiment.json` (which experiment it is), `<name>/run` of each training
+                (checkpoints, log, one file per measurement), `results.nc` (all measurements in one netCDF),
+                `report.html`, `figures/*.png`.
 
         Returns:
             The report.
 
         Raises:
-            ValueError: `out` holds an experiment with other settings.
+            ExperimentError: `out` holds another experiment (other arms, seeds or another model; title, words and phenomena
+                may change), or another process works there.
+            RunError, TrainingError: As `train`.
         """
         from mechhier.experiments.summary import write_summary
         from mechhier.sweeps import sweep
 
-        out = Path(out)
-        runs = self.train(out)
-        tree = sweep(runs, self.phenomena, seed=self.seeds[0])
-        results.save(tree, out / "results.nc")
-        return write_summary(self, runs, tree, out)
+        out = _folder(out)
+        self._check_folder(out)
+        busy = f"another process is working in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
+        with only_process_in(out, otherwise=ExperimentError(busy)):
+            self._check_folder(out)
+            write_whole(out / EXPERIMENT, json.dumps(self._described(), indent=1) + "\n")
+            runs = self.train(out)
+            tree = sweep(runs, self.phenomena, seed=self.seeds[0])
+            results.save(tree, out / RESULTS)
+            return write_summary(self, runs, tree, out)
+
+    def _described(self) -> dict[str, Any]:
+        """What makes it another experiment: the model, and of every training the language and how it is trained."""
+        trainings = {
+            name: {
+                "grammar": training.arm.language(training.language_seed).model_dump(mode="json"),
+                "train": training.arm.train.model_dump(mode="json"),
+                "seed": training.seed,
+            }
+            for name, training in self.trainings.items()
+        }
+        return {"model": self.model.model_dump(mode="json"), "trainings": trainings}
+
+    def _check_folder(self, out: Path) -> None:
+        """Refuse a folder of another experiment; one whose record cannot be read is known by its runs' own manifests."""
+        from mechhier.models.run import differences
+
+        if out.exists() and not out.is_dir():
+            raise ExperimentError(f"{out} is a file; out must be a folder")
+        try:
+            there = read_json(read_text(out / EXPERIMENT, most_bytes=_MOST_BYTES), EXPERIMENT)
+        except (OSError, ValueError):
+            return
+        if isinstance(there, dict) and (differing := differences(there, json.loads(json.dumps(self._described())))):
+            more = f"\n  and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+            raise ExperimentError(
+                f"{out} holds another experiment; choose another folder or remove it. It differs in (there -> here):\n  "
+                + "\n  ".join(differing[:_LISTED])
+                + more
+            )
+
+
+def _folder(out: str | Path) -> Path:
+    if not isinstance(out, str | os.PathLike):
+        raise ExperimentError(f"out must be a folder, not {shown(out)}")
+    return Path(out).expanduser().absolute()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from mechhier.report import (
     show_attention,
     write_report,
 )
+from mechhier.sweeps import Failure, failures
 
 if TYPE_CHECKING:
     from mechhier.experiments.experiment import Experiment
@@ -44,9 +45,12 @@ def write_summary(experiment: Experiment, runs: Mapping[str, Run], tree: xr.Data
     Returns:
         The report.
     """
-    measured = by_phenomenon(tree)
+    failed = failures(tree)
+    # Of a tree in which everything failed nothing can be drawn.
+    measured = by_phenomenon(tree) if tree.children else {}
     floors = {name: run.floor for name, run in runs.items()}
-    sections = [_languages(experiment, runs, floors), _loss(runs, floors)]
+    sections = [_failed(failed)] if failed else []
+    sections += [_languages(experiment, runs, floors), _loss(runs, floors)]
     writers = {
         "induction": _induction,
         "function_vectors": _function_vectors,
@@ -71,8 +75,38 @@ def without_inference(floor: xr.Dataset) -> float:
     return upper if upper > float(floor.floor_mean) else np.nan
 
 
-def _final(by_arm: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
-    return {arm: result.isel(step=-1) for arm, result in by_arm.items()}
+def _at(result: xr.Dataset, step: int) -> xr.Dataset | None:
+    """The measurement of a step, by its number: the neighbour of one that failed is another model's."""
+    return result.sel(step=step) if step in result.step else None
+
+
+def _final(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> dict[str, xr.Dataset]:
+    """The measurements of the last steps, of the arms that have one."""
+    found = {arm: _at(result, runs[arm].manifest.steps) for arm, result in by_arm.items()}
+    return {arm: result for arm, result in found.items() if result is not None}
+
+
+def _lost(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> str:
+    """Which arms have no measurement at the end, or of the untrained model, in a sentence; empty if all have both."""
+    words = []
+    for when, step_of in (("at the end", lambda run: run.manifest.steps), ("of the untrained model", lambda run: 0)):
+        arms = [arm for arm, result in by_arm.items() if _at(result, step_of(runs[arm])) is None]
+        if arms:
+            words.append(f"There is no measurement {when} of {', '.join(arms)}: it failed (see Failed measurements).")
+    return " ".join(["", *words])
+
+
+def _failed(failed: Sequence[Failure]) -> Section:
+    table = pd.DataFrame([failure._asdict() for failure in failed])
+    return Section(
+        heading="Failed measurements",
+        shows=(
+            f"{len(failed)} measurements failed; the same command tries them again. Figures have a gap there, and where the "
+            "untrained or the last model is asked for, there is no number rather than that of the next checkpoint."
+        ),
+        does_not_show="The tracebacks are beside the measurements, in the runs' folders results/*/step-*.error.json.",
+        table=table,
+    )
 
 
 def _languages(experiment: Experiment, runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]) -> Section:
@@ -126,7 +160,7 @@ def _loss(runs: Mapping[str, Run], floors: Mapping[str, xr.Dataset]) -> Section:
 
 
 def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
-    final = _final(by_arm)
+    final = _final(by_arm, runs)
     figures: list[Any] = [
         plot(by_arm),
         *(plot(result, title=f"{arm}: heads at the end") for arm, result in final.items()),
@@ -136,7 +170,11 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
         arm = max(gains, key=lambda name: gains[name])
         corpus = runs[arm].corpus.held_out("test", tokens=runs[arm].corpus.context)
         figures.append(
-            show_attention(runs[arm].load(), corpus[0], heads=final[arm].NEXT_text - final[arm].NEXT_text_null)
+            show_attention(
+                runs[arm].load(runs[arm].manifest.steps),
+                corpus[0],
+                heads=final[arm].NEXT_text - final[arm].NEXT_text_null,
+            )
         )
         looked_at = (
             f" The last figure shows the heads of the arm {arm} with the most attention to copies of the next token "
@@ -155,7 +193,7 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
             "score by syntax alone: its own attention to every category of words, spread evenly within the category. "
             "Finding the end of a clause is not induction; and a head that spreads its attention evenly over the earlier "
             "words of a category reads how often each occurs in the document, which needs no matching: its curve rises "
-            f"above uniform attention, and its null with it.{looked_at}"
+            f"above uniform attention, and its null with it.{looked_at}{_lost(by_arm, runs)}"
         ),
         does_not_show=(
             "Random repeats are far out of distribution for these models, so a low IND does not mean that nothing is copied "
@@ -169,7 +207,7 @@ def _induction(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
 
 
 def _function_vectors(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
-    final = _final(by_arm)
+    final = _final(by_arm, runs)
     without = [arm for arm, result in final.items() if not result.attrs["has_function"]]
     missing = (
         f" The arms {', '.join(without)} have no function to carry; they are asked as controls." if without else ""
@@ -182,7 +220,7 @@ def _function_vectors(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run])
             "outputs; injected into a bare query, or into a prompt with shuffled demonstrations, it should bring back the "
             "right verb. The query never occurs in the demonstrations. Heads are chosen on some lexicons and judged on "
             "others, with other queries. Controls: another task's vector, random heads, a random vector of the same norm, "
-            f"and the mean over tasks.{missing}"
+            f"and the mean over tasks.{missing}{_lost(by_arm, runs)}"
         ),
         does_not_show=(
             "Accuracy after injection is bounded by what the model can do with intact demonstrations; compare with the clean "
@@ -194,7 +232,7 @@ def _function_vectors(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run])
 
 
 def _hydra(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section:
-    final = {arm: result for arm, result in _final(by_arm).items() if int(result.n_positions) > 0}
+    final = {arm: result for arm, result in _final(by_arm, runs).items() if int(result.n_positions) > 0}
     return Section(
         heading="Hydra effect",
         shows=(
@@ -203,7 +241,7 @@ def _hydra(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Section
             "Hydra effect), of later MLPs, and through the final norm's scale. The terms add up to the total effect exactly."
             " The null is the same part writing as much in random directions, its target the top token of that run. Only "
             "positions where the clean top token has a probability above one half count; where there are none, as in an "
-            "untrained model, there is no value."
+            f"untrained model, there is no value.{_lost(by_arm, runs)}"
         ),
         does_not_show=(
             "With two layers there is little that could repair: the last MLP has nothing behind it but the norm. A change "
@@ -219,7 +257,7 @@ def _published(by_arm: Mapping[str, xr.Dataset], runs: Mapping[str, Run]) -> Sec
         heading="The scores as the paper published them",
         shows=(
             "The same checkpoints measured with the formulas of the paper's released code, so that its figures can be set "
-            "against the ones above."
+            f"against the ones above.{_lost(by_arm, runs)}"
         ),
         does_not_show=(
             "They do not measure what their names say. The k-order score is attention to a token's own earlier copy: a "
@@ -243,18 +281,17 @@ def contrasts(
         rows.append(dict(zip(names, (arm, score, *values, null_is), strict=True)))
 
     for arm, run in runs.items():
-        held_out = run.log.eval_loss.dropna()
+        held_out = run.log.set_index("step").eval_loss
         add(
             arm,
             "held-out loss (nats)",
-            (held_out.iloc[-1], np.nan, np.nan),
-            held_out.iloc[0],
+            (held_out.get(run.manifest.steps, np.nan), np.nan, np.nan),
+            held_out.get(0, np.nan),
             floors[arm].floor_mean,
             "ideal predictor",
         )
-        if arm in measured.get("induction", {}):
-            result = measured["induction"][arm]
-            start, end = result.isel(step=0), result.isel(step=-1)
+        if (both := _start_and_end(measured.get("induction", {}), arm, run)) is not None:
+            start, end = both
             for score in ("IND", "PREV", "IND_text", "DUP_text", "NEXT_text"):
                 best = f"{score}_best"
                 nulls = {f"{score}_uniform": "uniform attention", f"{best}_null": "the same head's syntax alone"}
@@ -270,9 +307,8 @@ def contrasts(
                 ideal = np.nan if end.attrs["ICL_floor"].startswith("nothing") else 0.0
                 interval = _interval(end, "ICL_score")
                 add(arm, "ICL score (nats)", interval, start["ICL_score"], ideal, "ideal predictor, 0 above its floor")
-        if arm in measured.get("function_vectors", {}):
-            result = measured["function_vectors"][arm]
-            start, end = result.isel(step=0), result.isel(step=-1)
+        if (both := _start_and_end(measured.get("function_vectors", {}), arm, run)) is not None:
+            start, end = both
             for prompt in ("clean", "shuffled", "zero_shot"):
                 name = f"accuracy_{prompt}"
                 add(arm, f"verb accuracy, {prompt}", _interval(end, name), start[name], end.chance, "chance")
@@ -298,14 +334,22 @@ def contrasts(
                 top.AIE_null,
                 "shuffled means",
             )
-        if arm in measured.get("hydra", {}):
-            result = measured["hydra"][arm]
-            start, end = (result.isel(step=step).sel(component="attention", layer=0) for step in (0, -1))
+        if (both := _start_and_end(measured.get("hydra", {}), arm, run)) is not None:
+            start, end = (result.sel(component="attention", layer=0) for result in both)
             for term in ("total_effect", "attention_growth", "mlp_change", "self_repair"):
                 null, low, high = (float(bound) for bound in _interval(end, f"{term}_null"))
                 null_is = f"written in random directions, 95 % in [{low:.3g}, {high:.3g}]"
                 add(arm, f"{term}, attention 0 ablated", _interval(end, term), start[term], null, null_is)
     return pd.DataFrame(rows)
+
+
+def _start_and_end(by_arm: Mapping[str, xr.Dataset], arm: str, run: Run) -> tuple[xr.Dataset, xr.Dataset] | None:
+    """The measurements of the untrained model, undefined if there is none, and of the last one; None if there is none."""
+    end = _at(by_arm[arm], run.manifest.steps) if arm in by_arm else None
+    if end is None:
+        return None
+    start = _at(by_arm[arm], 0)
+    return (end.where(False) if start is None else start), end
 
 
 def _interval(result: xr.Dataset, name: str) -> tuple[Any, Any, Any]:

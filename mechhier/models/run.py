@@ -7,6 +7,7 @@ run/
   checkpoints/step-000400/          an ordinary Hugging Face model folder: safetensors, config, tokenizer; and
     evaluation.json                 the held-out loss by position
   files.sha256                      the hash of every file above but the manifest, taken when it was written
+  results/<phenomenon>/             measurements of the checkpoints, one file for each (`mechhier.sweeps`)
   trainer/                          the optimizer's state, for resuming; removed when training has finished
 """
 
@@ -45,6 +46,7 @@ LOG = "log.jsonl"
 FLOOR = "floor.nc"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
+RESULTS = "results"
 _STEP = re.compile(r"step-(\d{6,})")
 _MOST_MANIFEST_BYTES = 2**26
 
@@ -126,12 +128,17 @@ class Manifest(Described):
     def differences(self, other: Manifest) -> list[str]:
         """Which settings of model, training and corpus differ, or its text, as `name: mine -> theirs`."""
         compared = {"model", "train", "corpus", "text_sha256"}
-        mine, theirs = (_flat(m.model_dump(mode="json", include=compared)) for m in (self, other))
-        return [
-            f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}"
-            for name in sorted({*mine, *theirs})
-            if mine.get(name) != theirs.get(name)
-        ]
+        return differences(*(m.model_dump(mode="json", include=compared) for m in (self, other)))
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Which leaves of two trees of settings differ, as `name: mine -> theirs`."""
+    mine, theirs = _flat(mine), _flat(theirs)
+    return [
+        f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    ]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

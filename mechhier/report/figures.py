@@ -100,6 +100,7 @@ def plot(
 
 def _plot_arms(arms: dict[str, xr.Dataset], title: str | None) -> go.Figure:
     phenomenon = require_one_kind(arms)
+    arms = {arm: training.with_gaps(dataset) for arm, dataset in arms.items()}
     over_training = all("step" in dataset.dims for dataset in arms.values())
     scale = style.StepScale.of(training.all_steps(arms)) if over_training else None
     panels = _panels(phenomenon, arms, scale)
@@ -123,6 +124,10 @@ def _first(arms: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
 
 def _plot_tree(sorted_leaves: dict[str, dict[str, xr.Dataset]], title: str | None) -> go.Figure:
+    sorted_leaves = {
+        phenomenon: {arm: training.with_gaps(dataset) for arm, dataset in arms.items()}
+        for phenomenon, arms in sorted_leaves.items()
+    }
     if len(sorted_leaves) == 1:
         return _plot_arms(next(iter(sorted_leaves.values())), title)
     steps = [

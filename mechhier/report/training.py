@@ -20,6 +20,7 @@ from mechhier.report.checkpoint import (
 )
 from mechhier.report.panels import Curve, CurvePanel, HeatPanel, Panel, color_limits, heat_hover
 from mechhier.report.reading import Reading
+from mechhier.results import FAILED_STEPS
 
 Arms = Mapping[str, xr.Dataset]
 
@@ -31,6 +32,14 @@ HYDRA_OVER_TRAINING = ("total_effect", "attention_growth", "mlp_change", "self_r
 def all_steps(arms: Arms) -> list[float]:
     """Return every step of every arm."""
     return [step for dataset in arms.values() for step in Reading(dataset).steps.tolist()]
+
+
+def with_gaps(dataset: xr.Dataset) -> xr.Dataset:
+    """Return a sweep's dataset with undefined values at the steps that failed, over which no line is drawn."""
+    failed = np.atleast_1d(dataset.attrs.get(FAILED_STEPS, ())).tolist()
+    if not failed or "step" not in dataset.dims:
+        return dataset
+    return dataset.reindex(step=sorted({*dataset.step.to_numpy().tolist(), *failed}))
 
 
 def _curve(

@@ -82,7 +82,7 @@ def test_a_wrong_spec_is_refused_with_the_field_named(tmp_path, text, message):
 def test_a_wrong_size_and_an_unknown_name_are_refused(tmp_path):
     (tmp_path / "short.yaml").write_text("grammar: {kind: dyck}\ntokens: 10\n")
     result = run(tmp_path / "short.yaml")
-    assert (result.exit_code, "less than one row" in result.output) == (1, True)
+    assert (result.exit_code, "less than one row" in result.output) == (2, True)
     result = run("nothing")
     assert result.exit_code == 2
     assert "no packaged corpus of that name (cfg3, paper_document, paper_ngram)" in result.output.replace("\n", " ")
