@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,8 +43,18 @@ def run(spec: SpecName, out: Out = None, threads: Threads = None, quiet: Quiet =
     """Carry out an experiment: corpora, training, measurements, report. The same command goes on where it stopped."""
     with _command(quiet):
         experiment, out = _experiment(spec, out, threads)
-        report = experiment.run(out)
+        from mechhier import results
+        from mechhier.experiments.experiment import RESULTS
+        from mechhier.sweeps import SweepWarning, failures
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SweepWarning)  # said below
+            report = experiment.run(out)
         announce(f"Report: {report}")
+        if failed := failures(results.load(out / RESULTS)):
+            listed = "\n".join(f"  {failure}" for failure in failed)
+            write(f"{len(failed)} measurements failed; the same command tries them again:\n{listed}", style="red")
+            raise typer.Exit(3)
 
 
 @app.command()
@@ -83,7 +94,7 @@ def corpus(
         for part in preview(streamed):
             page.print(part)
         if out is not None:
-            out = out.expanduser()
+            out = out.expanduser().absolute()
             streamed.save(out, workers=workers)
             announce(f"Corpus: {out}")
 
@@ -99,7 +110,7 @@ def _experiment(spec: str, out: Path | None, threads: int | None) -> tuple[Exper
         import torch
 
         torch.set_num_threads(threads)
-    out = (out or Path("results") / Path(spec).stem).expanduser()
+    out = (out or Path("results") / Path(spec).stem).expanduser().absolute()
     n_trainings = len(experiment.trainings)
     announce(f"{experiment.title}: {n_trainings} trainings, results in {out}")
     return experiment, out

@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from xarray.backends import H5NetCDFStore
 
+from mechhier import netcdf
 from mechhier.files import make_folder, write_whole
 from mechhier.specs import shown
 
@@ -424,7 +425,7 @@ def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path) -> Any:  # a union would have to be told apart at every use
     """Read a result into memory: a Dataset, or the DataTree of a sweep or an experiment.
 
     Args:
@@ -435,17 +436,24 @@ def load(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is not a whole netCDF file.
+        ValueError: The file is not a whole netCDF file; or it is a stranger's that reaches for other files, or is too
+            large in memory (`mechhier.netcdf.ForeignFileError`).
     """
     path = _path(path)
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise FileNotFoundError(f"no result at {path}: {what}")
-    try:
-        opened = xr.open_datatree(io.BytesIO(path.read_bytes()), engine="h5netcdf").load()
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable result ({error}); delete it and measure again") from error
-    return opened if opened.children else opened.to_dataset()
+    return netcdf.read(path.read_bytes(), str(path))
+
+
+def load_attribute(path: str | Path, name: str) -> str | int | float | None:
+    """One attribute of a saved result, in a fraction of the time of `load`; None if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load`.
+    """
+    path = _path(path)
+    return netcdf.attribute(path.read_bytes(), str(path), name)
 
 
 def _netcdf(result: xr.Dataset | xr.DataTree) -> bytes:

@@ -296,10 +296,9 @@ def _of_step(measured: xr.Dataset, step: int) -> xr.Dataset:
 def _finished(path: Path, key: str) -> xr.Dataset | None:
     """The saved measurement, if it is there, whole, and the one asked for."""
     try:
-        saved = results.load(path)
-    except (FileNotFoundError, ValueError):
+        return results.load(path) if results.load_attribute(path, KEY) == key else None
+    except (OSError, ValueError):
         return None
-    return saved if saved.attrs.get(KEY) == key else None
 
 
 def _error_file(path: Path) -> Path:

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import xarray as xr
 from typer.testing import CliRunner, Result
 
-from mechhier import cli
+from mechhier import cli, results
 from mechhier.grammars.corpus import Corpus
 from mechhier.models.errors import CapabilityError
 from mechhier.models.training import TrainingError
@@ -150,11 +151,16 @@ def test_quiet_says_nothing_but_errors(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert (failed.exit_code, failed.stderr) == (1, "not so\n")
 
 
+def _nothing_measured(seen: list[Path], out: Path) -> None:
+    seen.append(out)
+    results.save(xr.DataTree(), out / "results.nc")
+
+
 def test_out_may_be_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     seen = []
-    monkeypatch.setattr("mechhier.experiments.Experiment.run", lambda _, out: seen.append(out))
+    monkeypatch.setattr("mechhier.experiments.Experiment.run", lambda _, out: _nothing_measured(seen, out))
     monkeypatch.setattr("mechhier.experiments.Experiment.train", lambda _, out, **__: seen.append(out) or {})
     monkeypatch.setattr(Corpus, "save", lambda _, out, **__: seen.append(out))
     for command, spec in (("run", "demo"), ("train", "demo"), ("corpus", "cfg3")):

@@ -248,7 +248,7 @@ def test_missing_and_truncated_results_are_named(tmp_path):
         results.load(tmp_path / "x.nc")
     path = results.save(xr.Dataset({"a": ("i", np.arange(1000.0))}), tmp_path / "x.nc")
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(ValueError, match="not a readable result"):
+    with pytest.raises(ValueError, match=r"x\.nc is not a whole netCDF file"):
         results.load(path)
 
 

@@ -13,13 +13,16 @@ import xarray as xr
 import yaml
 from typer.testing import CliRunner
 
+from mechhier import results
 from mechhier.cli import app
 from mechhier.experiments import Experiment
+from mechhier.files import only_process_in
 from mechhier.grammars import AnyGrammar, FittedNGram, cfg3, random_hierarchy
 from mechhier.grammars.families import FAMILIES
 from mechhier.models import Run
 from mechhier.models.run import weights_sha256
 from mechhier.specs import SpecError
+from mechhier.sweeps import failures
 
 ARM = {
     "title": "A pool",
@@ -73,6 +76,36 @@ def test_one_command_leaves_report_and_results_and_says_where(spec, tmp_path):
     assert tree["pool/hydra"].ds.identity_error.max() < 1e-4
     again = CliRunner().invoke(app, ["run", str(spec), "--out", str(out)])
     assert again.exit_code == 0, again.output
+    xr.testing.assert_identical(results.load(out / "results.nc"), tree.load())
+
+    # A damaged last checkpoint is a failure of all its measurements, and its neighbour does not stand for it.
+    weights = out / "pool" / "run" / "checkpoints" / "step-000006" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    failed = CliRunner().invoke(app, ["run", str(spec), "--out", str(out)])
+    assert failed.exit_code == 3, failed.output
+    assert "4 measurements failed; the same command tries them again:" in failed.output
+    assert "hydra, pool step 6: ModelLoadError" in failed.output
+    assert {failure.phenomenon for failure in failures(results.load(out / "results.nc"))} == set(TINY["phenomena"])
+    page = (out / "report.html").read_text()
+    assert "Failed measurements" in page
+    assert page.count("There is no measurement at the end of pool: it failed") == 4
+    for name in TINY["phenomena"]:
+        assert (out / "pool" / "run" / "results" / name / "step-000006.error.json").is_file()
+
+    # Another experiment is refused, and nothing is touched; other words and phenomena are the same one.
+    other = copy.deepcopy(TINY)
+    other["arms"]["ngram"]["train"]["steps"] = 5
+    spec.write_text(yaml.safe_dump(other))
+    refused = CliRunner().invoke(app, ["run", str(spec), "--out", str(out)])
+    assert refused.exit_code == 1
+    assert "holds another experiment" in refused.output
+    assert "trainings.ngram.train.steps: 6 -> 5" in refused.output
+    spec.write_text(yaml.safe_dump({**TINY, "title": "Other words", "phenomena": {"published": {"n_sequences": 4}}}))
+    with only_process_in(out, otherwise=ValueError()):
+        busy = CliRunner().invoke(app, ["run", str(spec), "--out", str(out)])
+        assert busy.exit_code == 1
+        assert "another process is working in" in busy.output
+    assert CliRunner().invoke(app, ["run", str(spec), "--out", str(out)]).exit_code == 3
 
 
 @pytest.mark.slow
