@@ -214,8 +214,8 @@ def check_checkpoint(run: Path, folder: Path, manifest: Manifest) -> None:
     of_folder = {name: digest for name, digest in written_hashes(run, manifest).items() if name.startswith(inside)}
     if manifest.format >= 3 and not of_folder:
         raise RunError(
-            f"{folder} has no hashes in {run / hashes.LIST}: the training has not written it whole. What to do: call train "
-            "again with the same model, corpus and folder; or, if you put it there, move it out of the run"
+            f"{folder} has no hashes in {run / hashes.LIST}: the training has not finished writing it. What to do: call train "
+            "with the same model, corpus and folder, unless it is running; or, if you put it there, move it out of the run"
         )
     if changed := hashes.changed(run, of_folder):
         raise RunError(

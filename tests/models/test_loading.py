@@ -30,6 +30,7 @@ from transformers import (
     T5Config,
 )
 
+from mechhier import hashes
 from mechhier.grammars import DocumentGrammar
 from mechhier.models import loading, weights
 from mechhier.models.errors import (
@@ -139,8 +140,16 @@ def test_a_runs_checkpoint_carries_its_grammar_step_and_tokenizer(tmp_path, kind
     checkpoint = checkpoint_folder(run, 400)
     spec.build(vocab_size=grammar.vocab_size, n_ctx=16, eos_token_id=grammar.eos_token_id).save_pretrained(checkpoint)
     word_level_tokenizer(grammar).save_pretrained(checkpoint)
+    hashes.write(run / hashes.LIST, hashes.of_folder(run))
     Manifest(
-        model=spec, train=TrainSpec(), corpus=corpus.description, steps=400, device="cpu", versions={}, finished=True
+        model=spec,
+        train=TrainSpec(),
+        corpus=corpus.description,
+        steps=400,
+        device="cpu",
+        versions={},
+        finished=True,
+        files_sha256=hashes.of_file(run / hashes.LIST),
     ).write(run)
 
     hooked = load_model(checkpoint, as_=kind)
@@ -472,6 +481,7 @@ def test_a_run_that_has_not_finished_says_how_to_load_what_there_is(tmp_path):
     corpus = grammar.corpus(tokens=320, context=16)
     spec = ModelSpec("llama", n_layers=1, d_model=16, n_heads=2)
     spec.build(vocab_size=grammar.vocab_size, n_ctx=16, eos_token_id=0).save_pretrained(checkpoint_folder(tmp_path, 3))
+    hashes.write(tmp_path / hashes.LIST, hashes.of_folder(tmp_path))
     Manifest(
         model=spec, train=TrainSpec(), corpus=corpus.description, steps=400, device="cpu", versions={}, finished=False
     ).write(tmp_path)

@@ -450,6 +450,21 @@ def test_two_processes_that_share_the_batches_equal_one(plan, reference, tmp_pat
         torch.testing.assert_close(weight, weights(reference, 12)[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_from_the_state_that_the_first_finds_whole(plan, reference, interrupted, capfd):
+    optimizer = interrupted / "trainer" / "step-9" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    debug_launcher(_train_as_one_of_several, args=(plan, interrupted), num_processes=2)
+    assert (
+        capfd.readouterr().err.count("the state of step 9 is not as it was written; going on from the state of step 8")
+        == 1
+    )
+    run = Run.open(interrupted)
+    run.check()
+    for name, weight in weights(run, 12).items():
+        torch.testing.assert_close(weight, weights(reference, 12)[name], atol=1e-4, rtol=0)
+
+
 def test_a_folder_in_which_another_process_trains_is_refused(plan, tmp_path):
     (tmp_path / "run").mkdir()
     with (
