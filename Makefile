@@ -29,7 +29,8 @@ bench: setup
 
 test-bridge: .venv-bridge/.ready
 	$(BRIDGE_BIN)/python -m pytest $(WORKERS) tests/probes tests/phenomena tests/test_readme.py tests/models/test_hooked.py \
-		tests/models/test_hostile_folders.py tests/models/test_loading.py tests/models/test_planted.py tests/models/test_verification.py tests/models/test_wrapping.py
+		tests/models/test_hostile_folders.py tests/models/test_loading.py tests/models/test_planted.py \
+		tests/models/test_verification.py tests/models/test_wrapping.py
 
 clean:
 	rm -rf .venv .venv-bridge results
