@@ -54,8 +54,7 @@ def whole_number(name: str, value: Any, *, at_least: int | None = None, at_most:
         wanted += f" of at least {at_least}"
     elif at_most is not None:
         wanted += f" of at most {at_most}"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     if not is_whole(value):
         raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
     number = operator.index(value)
