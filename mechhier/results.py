@@ -17,6 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,15 @@ def warn_undefined(reason: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a number depends on, as result attributes."""
-    return {f"{name}_version": version(name) for name in ("mechhier", "transformer_lens", "transformers", "torch")}
+    return dict(_versions())
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    # Looked up in files, some milliseconds, which a sweep with nothing to do would spend on every measurement.
+    return tuple(
+        (f"{name}_version", version(name)) for name in ("mechhier", "transformer_lens", "transformers", "torch")
+    )
 
 
 def ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
