@@ -471,9 +471,10 @@ class Hooked:
             )
         outside = tokens[(tokens < 0) | (tokens >= self.d_vocab)]
         if len(outside):
+            found = f"{int(outside.min())}..{int(outside.max())}"
             raise ValueError(
-                f"{name}: token ids must lie in 0..{self.d_vocab - 1} for this model, got {int(outside.min())}.."
-                f"{int(outside.max())} outside of that, in {len(outside)} places: they are of another tokenizer or vocabulary, or padding"
+                f"{name}: token ids must lie in 0..{self.d_vocab - 1} for this model, got {found} outside of that, in "
+                f"{len(outside)} places: they are of another tokenizer or vocabulary, or padding"
             )
         tokens = tokens.to(device=self.device)
         return tokens.clone() if tokens.is_inference() else tokens  # autograd keeps no tensor of inference mode

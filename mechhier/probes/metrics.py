@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ _MADE_WITH = {
 }
 
 
-def check_callable(metric: Any) -> Any:
+def check_callable(metric: Any) -> Metric:
     """A metric as it was given, known to be one that can be called.
 
     Raises:
@@ -181,7 +181,7 @@ def check_callable(metric: Any) -> Any:
             if name in _MADE_WITH
             else f"metric must be a function of the logits and rows, {how}, got {given}"
         )
-    return metric
+    return cast(Metric, metric)
 
 
 def name_of(metric: Metric) -> tuple[str, str]:
