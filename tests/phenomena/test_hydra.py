@@ -686,7 +686,7 @@ def test_bfloat16_models_are_measured_in_float32(architecture, kind):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"level": "neuron"}, "layer, head"), ({"n_null": -1}, "n_null must not be negative")]
+    ("options", "message"), [({"level": "neuron"}, "layer, head"), ({"n_null": -1}, "n_null must be a whole number")]
 )
 def test_settings_that_do_not_exist_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
