@@ -17,6 +17,7 @@ from mechhier.report.drawing import draw
 from mechhier.report.loss import plot_loss, plot_run
 from mechhier.report.panels import Panel, with_prefix
 from mechhier.report.reading import by_phenomenon, require_one_kind
+from mechhier.specs import shown
 
 if TYPE_CHECKING:
     from mechhier.models import Run
@@ -38,6 +39,9 @@ NULLS = {
 }
 COLUMNS = {"induction": 3, "hydra": 2, "function_vectors": 2, "published": 3, **dict.fromkeys(interventions.TITLES, 2)}
 MAX_COLUMNS = 4
+
+
+_LISTED = 10
 
 
 def plot(
@@ -79,6 +83,11 @@ def plot(
     if isinstance(result, xr.DataTree):
         return _plot_tree(by_phenomenon(result), title)
     if isinstance(result, pd.DataFrame):
+        if lacking := sorted({"step", "loss", "eval_loss"} - set(result.columns)):
+            raise ValueError(
+                f"cannot plot this table, which is no run's log: it has no columns {', '.join(lacking)}. A table of heads is "
+                "of a result: plot the result itself"
+            )
         return plot_loss({"": result})
     if isinstance(result, Mapping) and all(isinstance(dataset, xr.Dataset) for dataset in result.values()):
         return _plot_arms(dict(result), title)
@@ -147,15 +156,41 @@ def _plot_tree(sorted_leaves: dict[str, dict[str, xr.Dataset]], title: str | Non
 
 
 def _panels(phenomenon: str, arms: Mapping[str, xr.Dataset], scale: style.StepScale | None) -> list[Panel]:
-    if scale is not None and all("step" in dataset.dims for dataset in arms.values()):
-        if phenomenon not in training.PANELS:
-            raise ValueError(
-                f"{phenomenon} results are drawn for one model: select one step first, result.isel(step=-1)"
-            )
-        panels = training.PANELS[phenomenon](arms, scale)
-    else:
-        panels = [with_prefix(p, arm) for arm, dataset in arms.items() for p in checkpoint.PANELS[phenomenon](dataset)]
+    over_training = scale is not None and all("step" in dataset.dims for dataset in arms.values())
+    if over_training and phenomenon not in training.PANELS:
+        raise ValueError(f"{phenomenon} results are drawn for one model: select one step first, result.isel(step=-1)")
+    try:
+        if over_training and scale is not None:
+            panels = training.PANELS[phenomenon](arms, scale)
+        else:
+            panels = [
+                with_prefix(p, arm) for arm, dataset in arms.items() for p in checkpoint.PANELS[phenomenon](dataset)
+            ]
+    except KeyError as error:
+        raise _lacking(phenomenon, error.args[0], next(iter(arms.values()))) from error
+    except (ValueError, TypeError, IndexError) as error:
+        # NumPy's and xarray's own, of dims that a figure needs; ours say what to do.
+        if "cannot plot" in str(error):
+            raise
+        raise _lacking(phenomenon, None, next(iter(arms.values()))) from error
     if not panels:
+        dataset = next(iter(arms.values()))
+        if any(coordinate.ndim == 0 and name != "step" for name, coordinate in dataset.coords.items()):
+            raise _lacking(phenomenon, None, dataset)
         found = sorted({str(name) for dataset in arms.values() for name in dataset.data_vars})
-        raise ValueError(f"nothing to draw in this {phenomenon} result: it holds {', '.join(found) or 'no variable'}")
+        listed = ", ".join(found[:_LISTED]) + (f" and {len(found) - _LISTED} more" if len(found) > _LISTED else "")
+        raise ValueError(f"nothing to draw in this {phenomenon} result: it holds {listed or 'no variable'}")
     return panels
+
+
+def _lacking(phenomenon: str, what: object, dataset: xr.Dataset) -> ValueError:
+    """What to say of a result that a figure cannot be made of, because something of it was selected or left out."""
+    selected = [str(name) for name, coordinate in dataset.coords.items() if coordinate.ndim == 0 and name != "step"]
+    if selected:
+        remedy = (
+            f"{selected[0]} was selected: select it as a list, result.isel({selected[0]}=[0]), or plot the whole result"
+        )
+    else:
+        remedy = "plot the whole result, as it was returned; one variable of it is drawn by result[name].plot()"
+    lacks = "a dim that its figure shows" if what is None else shown(what)
+    return ValueError(f"cannot plot this {phenomenon} result, which lacks {lacks}: {remedy}")

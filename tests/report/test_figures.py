@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +270,44 @@ def test_nothing_global_changes():
     template, renderer = pio.templates.default, pio.renderers.default
     plot(synthetic.induction())
     assert (pio.templates.default, pio.renderers.default) == (template, renderer)
+
+
+def _parts(result):
+    """A result with one value of a dim selected, a dim averaged, a coordinate or a variable left out, a variable alone."""
+    for dim in result.dims:
+        yield f"isel {dim}", result.isel({dim: 0})
+        yield f"isel [0] {dim}", result.isel({dim: [0]})
+        yield f"mean {dim}", result.mean(dim, keep_attrs=True)
+        yield f"without {dim}", result.drop_vars(dim)
+    for name in result.data_vars:
+        yield f"without {name}", result.drop_vars(name)
+        yield f"only {name}", result[[name]]
+
+
+def _refusal(part):
+    try:
+        plot(part)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("phenomenon", synthetic.RESULTS)
+def test_a_part_of_a_result_is_drawn_or_refused_in_a_line_of_ours(phenomenon):
+    result = synthetic.RESULTS[phenomenon]()
+    for what, part in _parts(result):
+        refused = _refusal(part)
+        assert refused is None or re.fullmatch(r"(cannot plot|nothing to draw in) .*", refused), what
+
+
+@pytest.mark.parametrize("phenomenon", ["induction", "hydra", "function_vectors"])
+def test_a_layer_that_was_selected_is_to_be_selected_as_a_list(phenomenon):
+    result = synthetic.RESULTS[phenomenon]()
+    with pytest.raises(ValueError, match=r"layer was selected: select it as a list, result.isel\(layer=\[0\]\)"):
+        plot(result.isel(layer=0))
+    assert plot(result.isel(layer=[0])).data
+
+
+def test_a_table_that_is_no_log_is_told_what_to_plot():
+    with pytest.raises(ValueError, match=r"no run's log: it has no columns .* plot the result itself"):
+        plot(pd.DataFrame({"layer": [0], "head": [1]}))
