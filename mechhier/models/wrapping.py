@@ -279,12 +279,14 @@ def to_bridge(model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase | No
     except ImportError:
         build_bridge_from_module = None
     architecture = type(model).__name__
+    config = copy.deepcopy(model.config)
+    config.architectures = [architecture]  # TransformerLens reads it, and a file may say anything here
     name = model.config.name_or_path or model.config.model_type
     prepends_bos = _prepends_bos(tokenizer)  # before TransformerLens edits the tokenizer
     try:
         if build_bridge_from_module is not None:
             bridge = build_bridge_from_module(
-                model, architecture, hf_config=copy.deepcopy(model.config), tokenizer=tokenizer, model_name=name
+                model, architecture, hf_config=config, tokenizer=tokenizer, model_name=name
             )
         elif tokenizer is not None:
             bridge = TransformerBridge.boot_transformers(
