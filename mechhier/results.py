@@ -11,6 +11,7 @@ Conventions, kept by every phenomenon, sweep and figure:
 from __future__ import annotations
 
 import datetime
+import hashlib
 import io
 import json
 import os
@@ -33,6 +34,8 @@ from mechhier import netcdf
 from mechhier.files import make_folder, write_whole
 from mechhier.specs import shown
 
+_HASH = b"\nsha256 "
+"""Between a saved result and the hash of its bytes."""
 CONFIDENCE = 0.95
 N_RESAMPLES = 999
 """Such that the quantiles of `CONFIDENCE` are resamples themselves."""
@@ -430,7 +433,8 @@ def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
     except (TypeError, ValueError, NotImplementedError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"cannot save {path}: netCDF cannot hold it: {error}") from error
     make_folder(path.parent)
-    write_whole(path, content)
+    # Behind what HDF5 reads, which has no checksums: a changed bit would be another number.
+    write_whole(path, content + _HASH + hashlib.sha256(content).hexdigest().encode())
     return path
 
 
@@ -452,7 +456,7 @@ def load(path: str | Path) -> Any:  # a union would have to be told apart at eve
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise FileNotFoundError(f"no result at {path}: {what}")
-    return netcdf.read(path.read_bytes(), str(path))
+    return netcdf.read(_checked(path), str(path))
 
 
 def load_attribute(path: str | Path, name: str) -> str | int | float | None:
@@ -462,7 +466,18 @@ def load_attribute(path: str | Path, name: str) -> str | int | float | None:
         FileNotFoundError, ValueError: As `load`.
     """
     path = _path(path)
-    return netcdf.attribute(path.read_bytes(), str(path), name)
+    return netcdf.attribute(_checked(path), str(path), name)
+
+
+def _checked(path: Path) -> bytes:
+    """The bytes of a netCDF file, if they are those that `save` wrote; a file of others has no hash to compare."""
+    content = path.read_bytes()
+    start = len(content) - len(_HASH) - 64
+    if start < 0 or content[start:-64] != _HASH:
+        return content
+    if hashlib.sha256(content[:start]).hexdigest().encode() != content[-64:]:
+        raise ValueError(f"{path} is damaged: its bytes are not those that were written; measure again")
+    return content[:start]
 
 
 def _netcdf(result: xr.Dataset | xr.DataTree) -> bytes:
@@ -505,7 +520,8 @@ def netcdf_safe(attributes: Mapping[Any, Any], where: str = "") -> dict[str, Any
 def _storable(dataset: xr.Dataset, where: str) -> xr.Dataset:
     for name in {*dataset.variables, *dataset.sizes}:
         _check_name(f"a variable or dimension of {where}" if where.strip("/") else "a variable or dimension", name)
-    copy = dataset.copy()
+    # Without what was noted when it was loaded, so that the same result is the same bytes.
+    copy = dataset.copy().drop_encoding()
     copy.attrs = netcdf_safe(copy.attrs, where.strip("/"))
     for name, variable in copy.variables.items():
         variable.attrs = netcdf_safe(variable.attrs, f"{where.strip('/')} {name}".strip())

@@ -317,6 +317,26 @@ def test_a_tree_is_loaded_as_a_tree_and_home_and_folder_are_found(tmp_path, monk
         results.load(tmp_path)
 
 
+def test_a_changed_bit_in_a_saved_result_is_noticed_and_other_readers_read_it(tmp_path):
+    path = results.save(xr.Dataset({"a": ("x", np.arange(200.0))}, attrs={"n": 3}), tmp_path / "x.nc")
+    xr.testing.assert_identical(xr.load_dataset(path, engine="h5netcdf"), results.load(path))
+    assert results.load_attribute(path, "n") == 3
+    content = path.read_bytes()
+    for place in range(0, len(content) - 72, 97):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        for read in (results.load, lambda path: results.load_attribute(path, "n")):
+            with pytest.raises(ValueError, match=r"x\.nc is damaged: its bytes are not those that were written"):
+                read(path)
+
+
+def test_a_result_that_was_loaded_is_saved_as_the_same_bytes(tmp_path):
+    result = xr.Dataset({"a": ("x", [1.0, np.nan]), "b": ("x", ["p", "qq"]), "c": True}, coords={"x": [0, 1]})
+    first = results.save(result, tmp_path / "a.nc").read_bytes()
+    assert results.save(results.load(tmp_path / "a.nc"), tmp_path / "b.nc").read_bytes() == first
+    tree = results.save(xr.DataTree.from_dict({"/t": result}), tmp_path / "c.nc").read_bytes()
+    assert results.save(results.load(tmp_path / "c.nc"), tmp_path / "d.nc").read_bytes() == tree
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     program = (
