@@ -56,7 +56,7 @@ def test_python_of_readme_runs_block_after_block_in_one_namespace():
     assert names["result"].sizes
 
 
-def test_hooked_transformer_of_readme_is_in_transformer_lens_3_alone(tmp_path):
+def test_hooked_transformer_of_readme_is_in_transformer_lens_3_alone():
     """README names `HookedTransformer.from_pretrained`; gpt2 itself is not fetched here."""
     assert "HookedTransformer.from_pretrained(" in (ROOT / "README.md").read_text(encoding="utf-8")
     version = importlib.metadata.version("transformer_lens")
