@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mechhier import results
-from mechhier.files import LOCK, only_process_in, write_whole
+from mechhier.files import LOCK, only_process_in, remove_leftovers, write_whole
 from mechhier.grammars import AnyGrammar, Corpus, Grammar
 from mechhier.grammars.families import FAMILIES, expand_family, is_family
 from mechhier.models import ModelSpec, TrainSpec
@@ -251,6 +251,7 @@ class Experiment(Described):
             RunError, TrainingError: As `train`.
         """
         from mechhier.experiments.summary import write_summary
+        from mechhier.report.html import IMAGE_FOLDER
         from mechhier.sweeps import sweep
 
         out = _folder(out)
@@ -258,6 +259,7 @@ class Experiment(Described):
         busy = f"another process is working in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
         with only_process_in(out, otherwise=ExperimentError(busy)):
             self._check_folder(out)
+            remove_leftovers(out / IMAGE_FOLDER)
             write_whole(out / EXPERIMENT, json.dumps(self._described(), indent=1) + "\n")
             runs = self.train(out)
             tree = sweep(runs, self.phenomena, seed=self.seeds[0])

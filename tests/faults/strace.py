@@ -32,7 +32,7 @@ CALLS = {
 }
 _ANY_TRACER = 0x59616D61, ctypes.c_ulong(-1)
 _LINE = re.compile(r"(\d+)\s+(\w+)\((.*)")
-_FILE = re.compile(r"\.\w+>")
+_READ_ONLY = re.compile(r"O_RDONLY.* = (\d+)<")
 _SECONDS = 20
 
 
@@ -71,13 +71,20 @@ class Strace:
         calls, counted = [], Counter()
         lines = (folder / LOG).read_text(errors="replace").splitlines()
         main = lines[0].split()[0]
+        read_only: set[str] = set()
         for thread, call, rest in (found.groups() for line in lines if (found := _LINE.match(line))):
-            if thread == main:
-                counted[call] += 1
-                inside = f"/{folder.name}/{OUT}" in rest or f'"{OUT}' in rest
-                # A folder does not fail when it is closed; what fails in a file that is there is `read`.
-                if inside and (call != "close" or _FILE.search(rest)) and (call != "openat" or "O_CREAT" in rest):
-                    calls.append(cls(call, counted[call]))
+            if thread != main:
+                continue
+            counted[call] += 1
+            if opened := _READ_ONLY.search(rest):
+                read_only.add(opened[1])
+            descriptor = rest.partition("<")[0]
+            # What fails in a file that is only read is `read`.
+            fails = call not in ("openat", "close") or (not opened and descriptor not in read_only)
+            if call == "close":
+                read_only.discard(descriptor)
+            if fails and (f"/{folder.name}/{OUT}" in rest or f'"{OUT}' in rest):
+                calls.append(cls(call, counted[call]))
         return calls
 
     @staticmethod
