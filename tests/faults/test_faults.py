@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -23,8 +24,9 @@ TIMES = int(os.environ.get("FAULTS", "1"))
 
 def wrong_about(job: Job, folder: Path, ending: Ending) -> str:
     """What was not in order about an ending; empty if all was."""
-    # strace counts the calls of each thread: it can have failed a line to the terminal as well.
-    if not ending.was_orderly and all(OUT in line for line in Strace.hits(folder)):
+    # strace counts the calls of each thread: it can have failed a line to the terminal, or a file of a package, as well.
+    ours = re.compile(rf'[/"]{OUT}[/">]')
+    if not ending.was_orderly and all(ours.search(line) for line in Strace.hits(folder)):
         return f"ended with {ending.code}: {ending.said[-900:]}"
     if ending.code == 0:
         there = contents(folder / OUT)
