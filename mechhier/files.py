@@ -103,7 +103,10 @@ def make_folder(path: Path) -> None:
         path = path.parent
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        _sync_names(folder.parent)
+        try:
+            _sync_names(folder.parent)
+        except OSError as error:  # which names the folder above
+            raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 @contextmanager

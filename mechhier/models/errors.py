@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Text that does nothing to a terminal: line breaks stay, all else that has no glyph is written as its escape.
+    r"""Text that does nothing to a terminal: line breaks stay, all else that has no glyph is written as its escape.
 
     Example:
         >>> printable("a name\x1b[2J")

@@ -9,6 +9,8 @@ from faults.calls import Record
 from faults.jobs import Job
 from faults.work import saved_corpus, trainings, whole_run
 
+# Not to be imported by what looks for examples in docstrings: it puts stand-ins into the process, for the fork server.
+collect_ignore = ["imports.py"]
 if sys.platform != "linux":  # elsewhere a process that has imported torch cannot be forked
     collect_ignore_glob = ["test_*.py"]
 

@@ -183,7 +183,7 @@ def test_no_controls_leave_the_ablations_out():
     result = mh.phenomena.induction(random_hooked("llama", None), n_sequences=4, n_controls=0)
     assert not [name for name in result if "change" in str(name) or name == "ablated"]
     assert result.attrs["ablation"] == "none"
-    with pytest.raises(ValueError, match="n_controls must be at least 0"):
+    with pytest.raises(ValueError, match="n_controls must be a whole number of at least 0"):
         mh.phenomena.induction(random_hooked("llama", None), n_controls=-1)
 
 

@@ -66,7 +66,7 @@ def test_other_things_than_components_are_refused():
     assert grouped(Head(0, 1), accepted=(Head,)) == [(Head(0, 1),)]
     with pytest.raises(ValueError, match="input must be one of q, k, v"):
         HeadInput(0, 0, "w")  # type: ignore[arg-type]
-    for wrong in (1.0, "1", True, None):
+    for wrong in (1.5, "1", True, None):
         with pytest.raises(TypeError, match=r"Head\.layer must be a whole number"):
             Head(wrong, 0)  # type: ignore[arg-type]
 
