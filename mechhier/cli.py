@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from mechhier.files import absolute
 from mechhier.progress import announce, quiet, write
 from mechhier.specs import SpecError, read_spec
 
@@ -94,7 +95,7 @@ def corpus(
         for part in preview(streamed):
             page.print(part)
         if out is not None:
-            out = out.expanduser().absolute()
+            out = absolute(out)
             streamed.save(out, workers=workers)
             announce(f"Corpus: {out}")
 
@@ -110,7 +111,7 @@ def _experiment(spec: str, out: Path | None, threads: int | None) -> tuple[Exper
         import torch
 
         torch.set_num_threads(threads)
-    out = (out or Path("results") / Path(spec).stem).expanduser().absolute()
+    out = absolute(out or Path("results") / Path(spec).stem)
     n_trainings = len(experiment.trainings)
     announce(f"{experiment.title}: {n_trainings} trainings, results in {out}")
     return experiment, out

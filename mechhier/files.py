@@ -18,12 +18,25 @@ from pathlib import Path
 
 import filelock
 
+from mechhier.specs import shown
+
 LOCK = ".lock"
 """Name of the file in a folder that the process working there holds. It stays: without it two could hold one each."""
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 """What file systems answer that cannot sync a folder; their names are durable by themselves, or never."""
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """A path that names the same place wherever the process goes; `~` is the user's home.
+
+    Raises:
+        TypeError: It is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a path is text or a Path, not {shown(path)}")
+    return Path(path).expanduser().absolute()
 
 
 @contextmanager

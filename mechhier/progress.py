@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,28 +22,17 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from mechhier.text import printable
+
 SECONDS_BETWEEN_LINES = 30.0
 """Where there is neither a terminal nor a notebook, one line of progress is written at most this often."""
-
-# What a terminal obeys, or reorders text by: all control characters but newline and tab, direction overrides and
-# isolates; and halves of surrogate pairs, which no terminal can be sent.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """Text that is safe to show in a terminal: control characters are written out, such as ``\\x1b`` and ``\\u202e``."""
-    return _INVISIBLE.sub(lambda found: _escape(ord(found.group())), text)
-
-
-def _escape(code: int) -> str:
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def write(message: str, *, style: str = "") -> None:
     """Write a message to standard error, above the progress rows where there are any, with nothing in it interpreted."""
     console = _active.console if isinstance(_active, _Bars) else Console(stderr=True)
     # Of a plain string rich would take :names: for emoji.
-    console.print(Text(visible(message), style=style), soft_wrap=True)
+    console.print(Text(printable(message), style=style), soft_wrap=True)
 
 
 def announce(message: str) -> None:
@@ -87,10 +75,10 @@ def track(description: str, *, total: int, completed: int = 0) -> Iterator[Calla
     if _active is None:
         _active = _display()
     display = _active
-    row = display.add(visible(description), total, completed)
+    row = display.add(printable(description), total, completed)
 
     def advance(n: int = 1, *, note: str = "") -> None:
-        display.advance(row, n, visible(note))
+        display.advance(row, n, printable(note))
 
     try:
         yield advance

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from mechhier.text import printable
+
 MOST_SPEC_BYTES = 2**20
 """Largest YAML file: ten thousand rules of a grammar are half of it."""
 MOST_VALUES = 200_000
@@ -17,6 +19,7 @@ MOST_VALUES = 200_000
 MOST_LEVELS = 32
 """Most lists and mappings inside one another."""
 _MOST_DIGITS = 64  # of a number: more than any that is meant
+_QUOTED = 200  # characters of a library's message
 _CHARACTERS_PER_VALUE = 100  # long text counts as several values
 
 # libyaml where it is there, which is some twenty times faster.
@@ -149,17 +152,13 @@ def read_yaml(text: str, name: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         what = ", ".join(each for each in (error.context, error.problem) if each)
-        raise ReadError(f"{name} is not YAML: line {line}: {_printable(what)}") from error
+        raise ReadError(f"{name} is not YAML: line {line}: {printable(what[:_QUOTED])}") from error
     except yaml.reader.ReaderError as error:
         raise ReadError(f"{name} is not YAML: it holds the character {chr(error.character)!r}") from error
     except yaml.YAMLError as error:
-        raise ReadError(f"{name} is not YAML: {_printable(str(error).splitlines()[0])}") from error
+        raise ReadError(f"{name} is not YAML: {printable(str(error).splitlines()[0][:_QUOTED])}") from error
     except RecursionError:
         raise ReadError(f"{name} is nested too deeply; at most {MOST_LEVELS} levels are read") from None
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
 
 
 class _Collection:
@@ -198,7 +197,7 @@ class _Builder:
                 self._add(*self._anchors[event.anchor])
             elif isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent):
                 if event.tag is not None:
-                    tag = _printable(event.tag[:60]).replace("tag:yaml.org,2002:", "!!")
+                    tag = printable(event.tag[:60]).replace("tag:yaml.org,2002:", "!!")
                     raise self._error(f"the tag {tag}: tags are not read; what is meant as text is put in quotes")
                 if isinstance(event, yaml.ScalarEvent):
                     self._add_scalar(event)

@@ -31,7 +31,7 @@ from scipy import stats
 from xarray.backends import H5NetCDFStore
 
 from mechhier import netcdf
-from mechhier.files import make_folder, write_whole
+from mechhier.files import absolute, make_folder, write_whole
 from mechhier.specs import shown
 
 _HASH = b"\nsha256 "
@@ -417,7 +417,7 @@ def save(result: xr.Dataset | xr.DataTree, path: str | Path) -> Path:
 
     Memory: a copy of the result.
     """
-    path = _path(path)
+    path = absolute(path)
     if not isinstance(result, xr.Dataset | xr.DataTree):
         remedy = "; name its variable first: .to_dataset(name=...)" if isinstance(result, xr.DataArray) else ""
         raise TypeError(f"results are saved as an xarray Dataset or DataTree, not {shown(result)}{remedy}")
@@ -452,7 +452,7 @@ def load(path: str | Path) -> Any:  # a union would have to be told apart at eve
         ValueError: The file is not a whole netCDF file; or it is a stranger's that reaches for other files, or is too
             large in memory (`mechhier.netcdf.ForeignFileError`).
     """
-    path = _path(path)
+    path = absolute(path)
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise FileNotFoundError(f"no result at {path}: {what}")
@@ -465,7 +465,7 @@ def load_attribute(path: str | Path, name: str) -> str | int | float | None:
     Raises:
         FileNotFoundError, ValueError: As `load`.
     """
-    path = _path(path)
+    path = absolute(path)
     return netcdf.attribute(_checked(path), str(path), name)
 
 
@@ -492,12 +492,6 @@ def _netcdf(result: xr.Dataset | xr.DataTree) -> bytes:
             group = file if path == "/" else file.create_group(path) if path not in file else file[path]
             dataset.dump_to_store(H5NetCDFStore(group))
     return buffer.getvalue()
-
-
-def _path(path: Any) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"a path is text or a Path, not {shown(path)}")
-    return Path(path).expanduser().absolute()
 
 
 def netcdf_safe(attributes: Mapping[Any, Any], where: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,22 +97,20 @@ def sweep(
     failed: list[Failure] = []
     undefined: list[str] = []
     with ExitStack() as held, track("measuring checkpoints", total=total) as advance:
-        for folder in {run.path.resolve() / RESULTS for run in arms.values()}:
-            held.enter_context(_only_sweep_in(folder))
-            for name in options:
-                make_folder(folder / name)
-                remove_leftovers(folder / name)
+        folders = _Folders(held)
         for arm, run in arms.items():
             found: dict[str, list[xr.Dataset]] = {name: [] for name in options}
             lost: dict[str, list[int]] = {name: [] for name in options}
             for step in wanted[arm]:
-                checkpoint = _Checkpoint(run, step)
+                checkpoint = _Checkpoint(run, step, folders)
                 for name, keywords in options.items():
                     where = f"{name}, {arm} step {step}".replace("  ", " ")
                     try:
                         with _heard(undefined, where):
                             measured = checkpoint.measured(name, keywords, seed)
                         found[name].append(_of_step(measured, step))
+                    except SweepError:
+                        raise
                     except Exception as error:  # noqa: BLE001  one checkpoint must not take the others with it
                         checkpoint.record(name, error)
                         failed.append(Failure(arm, name, step, _one_line(error)))
@@ -207,17 +205,40 @@ def _steps(run: Run, steps: Any) -> list[int]:
     return wanted
 
 
-def _only_sweep_in(folder: Path) -> AbstractContextManager[None]:
-    busy = f"another process is measuring in {folder} (it holds {folder / LOCK}): wait for it"
-    return only_process_in(folder, otherwise=SweepError(busy))
+class _Folders:
+    """The runs' folders of results, each held from the first measurement that is missing there until the sweep ends.
+
+    What is all there is read without the lock: the folder may be one that cannot be written.
+    """
+
+    def __init__(self, held: ExitStack) -> None:
+        self._held = held
+        self._claimed: set[Path] = set()
+
+    def claim(self, path: Path) -> None:
+        """Be alone in the run's results, and make the folder of a measurement's file.
+
+        Raises:
+            SweepError: Another process measures there.
+        """
+        folder, results_of_run = path.parent.resolve(), path.parent.parent.resolve()
+        if results_of_run not in self._claimed:
+            busy = f"another process is measuring in {results_of_run} (it holds {results_of_run / LOCK}): wait for it"
+            self._held.enter_context(only_process_in(results_of_run, otherwise=SweepError(busy)))
+            self._claimed.add(results_of_run)
+        if folder not in self._claimed:
+            make_folder(folder)
+            remove_leftovers(folder)
+            self._claimed.add(folder)
 
 
 class _Checkpoint:
     """One checkpoint of a sweep: loaded once, if anything of it is to be measured."""
 
-    def __init__(self, run: Run, step: int) -> None:
+    def __init__(self, run: Run, step: int, folders: _Folders) -> None:
         self.run = run
         self.step = step
+        self.folders = folders
 
     @cached_property
     def weights(self) -> str:
@@ -233,6 +254,9 @@ class _Checkpoint:
         key = _measurement_key(self.run, self.step, self.weights, name, options, seed)
         measured = _finished(path, key)
         if measured is None:
+            self.folders.claim(path)
+            measured = _finished(path, key)  # until then another process may have measured it
+        if measured is None:
             measured = PHENOMENA[name](self.model, seed=seed, **options).assign_attrs({KEY: key})
             results.save(measured, path)
         _error_file(path).unlink(missing_ok=True)
@@ -242,6 +266,7 @@ class _Checkpoint:
         """Write down what failed; where not even that can be written, the sweep's list has it all the same."""
         described = {"error": _one_line(error), "traceback": traceback.format_exception(error)}
         with suppress(OSError):
+            self.folders.claim(self._path(name))
             write_whole(_error_file(self._path(name)), json.dumps(described, indent=1))
 
     def _path(self, name: str) -> Path:

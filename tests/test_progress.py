@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from mechhier import progress
-from mechhier.progress import announce, quiet, track, visible
+from mechhier.progress import announce, quiet, track
+from mechhier.text import printable
 
 
 class Clock:
@@ -138,7 +139,7 @@ HARMFUL = [
 
 def test_every_harmful_character_is_shown_and_no_other() -> None:
     for code in HARMFUL:
-        assert visible(chr(code)) == (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+        assert printable(chr(code)) == (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
     harmful = set(HARMFUL)
     harmless = "".join(chr(code) for code in range(sys.maxunicode + 1) if code not in harmful)
-    assert visible(harmless) == harmless
+    assert printable(harmless) == harmless

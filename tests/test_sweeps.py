@@ -212,6 +212,13 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_loaded(run, monkeypa
         call(run)
 
 
+def test_what_is_all_there_is_read_without_the_lock_as_from_a_folder_that_cannot_be_written(fresh, monkeypatch):
+    first = mh.sweep(fresh, INDUCTION)
+    for writes in ("only_process_in", "make_folder", "write_whole"):
+        monkeypatch.setattr(sweeps, writes, None)
+    xr.testing.assert_identical(mh.sweep(fresh, INDUCTION)["induction"].ds, first["induction"].ds)
+
+
 def test_a_run_in_which_another_process_measures_is_refused(fresh):
     with (
         only_process_in(fresh.path / "results", otherwise=ValueError()),

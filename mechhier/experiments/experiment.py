@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mechhier import results
-from mechhier.files import LOCK, only_process_in, remove_leftovers, write_whole
+from mechhier.files import LOCK, absolute, only_process_in, remove_leftovers, write_whole
 from mechhier.grammars import AnyGrammar, Corpus, Grammar
 from mechhier.grammars.families import FAMILIES, expand_family, is_family
 from mechhier.models import ModelSpec, TrainSpec
@@ -214,7 +213,7 @@ class Experiment(Described):
         """
         from mechhier.models import train
 
-        out = _folder(out)
+        out = absolute(out)
         self._check_folder(out)
         if only is not None and only not in self.trainings:
             raise ExperimentError(f"no training {shown(only)}: choose from {', '.join(self.trainings)}")
@@ -254,7 +253,7 @@ class Experiment(Described):
         from mechhier.report.html import IMAGE_FOLDER
         from mechhier.sweeps import sweep
 
-        out = _folder(out)
+        out = absolute(out)
         self._check_folder(out)
         busy = f"another process is working in {out} (it holds {out / LOCK}): wait for it, or choose another folder"
         with only_process_in(out, otherwise=ExperimentError(busy)):
@@ -295,9 +294,3 @@ class Experiment(Described):
                 + "\n  ".join(differing[:_LISTED])
                 + more
             )
-
-
-def _folder(out: str | Path) -> Path:
-    if not isinstance(out, str | os.PathLike):
-        raise ExperimentError(f"out must be a folder, not {shown(out)}")
-    return Path(out).expanduser().absolute()

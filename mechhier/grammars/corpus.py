@@ -403,7 +403,7 @@ class Corpus:
             ValueError: There are more than 400,000 blocks (about 10^11 tokens).
             OSError: A file cannot be written (the disk is full); the message names it, and the same call goes on.
         """
-        folder = storage.absolute(path)
+        folder = storage.folder_of(path)
         workers = whole("workers", workers, least=1, most=1_000)
         if self.n_blocks > storage.MOST_BLOCKS:
             most = storage.MOST_BLOCKS * self.rows_per_block * self.context
@@ -435,7 +435,7 @@ class Corpus:
             CorpusError: There is no finished corpus, or a block is missing, truncated or damaged; the message names it
                 and says what to do.
         """
-        folder = storage.absolute(path)
+        folder = storage.folder_of(path)
         manifest = storage.read_manifest(folder)
         corpus = cls._of_manifest(folder, manifest)
         storage.verify_blocks(folder, manifest)
@@ -449,7 +449,7 @@ class Corpus:
             CorpusError: There is no finished corpus, or a block generated again has another hash than the manifest's
                 (another version of numpy or mechhier).
         """
-        folder = storage.absolute(path)
+        folder = storage.folder_of(path)
         manifest = storage.read_manifest(folder)
         corpus = cls._of_manifest(folder, manifest)
         storage.repair_blocks(folder, manifest, corpus._make_block)

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from mechhier import hashes
-from mechhier.files import only_process_in, write_whole
+from mechhier.files import absolute, only_process_in, write_whole
 from mechhier.progress import track
 from mechhier.reading import read_json, read_text
 from mechhier.specs import Described, SpecError, Text, Whole, shown
@@ -59,14 +59,14 @@ class Manifest(Described):
     versions: dict[Text, Text]
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """Return a path that names the same folder wherever the process goes; ``~`` is the user's home.
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a corpus, which stays the same wherever the process goes.
 
     Raises:
         CorpusError: It is no path, or there is no such home.
     """
     try:
-        return Path(path).expanduser().absolute()
+        return absolute(path)
     except (TypeError, RuntimeError) as error:
         raise CorpusError(f"a corpus is stored in a folder, and {shown(path)} is no path of one: {error}") from error
 

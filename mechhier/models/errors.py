@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-
-def printable(text: str) -> str:
-    r"""Text that does nothing to a terminal: line breaks stay, all else that has no glyph is written as its escape.
-
-    Example:
-        >>> printable("a name\x1b[2J")
-        'a name\\x1b[2J'
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
-        for character in text
-    )
+from mechhier.text import printable
 
 
 class ModelLoadError(ValueError):

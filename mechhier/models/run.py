@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from mechhier import hashes
-from mechhier.files import write_whole
+from mechhier.files import absolute, write_whole
 from mechhier.grammars import Corpus, Grammar
 from mechhier.models.spec import MOST_STEPS, ModelSpec, TrainSpec, checkpoint_steps
 from mechhier.reading import read_json, read_text
@@ -243,7 +243,7 @@ class Run:
         Raises:
             RunError: The folder is no run, or its training has not finished.
         """
-        path = Path(path).expanduser().absolute()
+        path = absolute(path)
         manifest = Manifest.read(path)
         if not manifest.finished:
             raise RunError(

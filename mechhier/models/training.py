@@ -45,6 +45,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from mechhier import hashes, results
 from mechhier.files import (
     LOCK,
+    absolute,
     is_leftover,
     make_folder,
     new_folder,
@@ -142,7 +143,7 @@ def train(
     rows once. Disk: the weights at each checkpoint, and up to six times the weights until the end, for resuming. At the
     end the text is made or read once more, for its hash.
     """
-    out = Path(out).expanduser().absolute()
+    out = absolute(out)
     with default_torch_state(), only_processes_and_devices():
         return _train(_plan(spec, corpus, train or TrainSpec(), arm), corpus, out, report_to)
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mechhier.files import write_whole
+from mechhier.files import absolute, make_folder, write_whole
 from mechhier.report import attention, style
 from mechhier.report.attention import AttentionView
 from mechhier.report.images import ImageError, write_images
@@ -102,7 +102,7 @@ def write_report(
         ValueError: if two sections have one heading.
         TypeError: if a section's figure is neither a plotly figure nor an `AttentionView`.
     """
-    target = Path(path)
+    target = absolute(path)
     page = _laid_out(sections, target.parent / IMAGE_FOLDER)
     context = {
         "title": title,
@@ -114,7 +114,7 @@ def write_report(
         "plotly_script": Markup(get_plotlyjs().replace("</script", "<\\/script")) if page.has_plotly else "",
         "circuitsvis_script": Markup(attention.circuitsvis_script()) if page.has_attention else "",
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     _render(target, context, "")
     if not images or not page.images:
         return Report(

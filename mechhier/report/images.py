@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from mechhier.files import write_whole
+from mechhier.files import make_folder, write_whole
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, DEFAULT_HEIGHT, SCALE = 960, 450, 2  # CSS pixels, and image pixels for each of them
@@ -46,7 +46,7 @@ def write_images(figures: Mapping[Path, go.Figure]) -> None:
     if browser is None:
         raise ImageError("no Chrome or Chromium was found: install one, or name it in the variable BROWSER_PATH")
     for path in figures:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     failure: list[BaseException] = []
 
     def work() -> None:
