@@ -26,6 +26,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.phenomena
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.grammars
+	$(BIN)/python -m benchmarks.sweeps
 
 test-bridge: .venv-bridge/.ready
 	$(BRIDGE_BIN)/python -m pytest $(WORKERS) tests/probes tests/phenomena tests/test_readme.py tests/models/test_hooked.py \
