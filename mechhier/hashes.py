@@ -47,7 +47,9 @@ def of_folder(folder: Path, *, inside: Path | None = None) -> dict[str, str]:
 def read(path: Path) -> dict[str, str]:
     """The hashes of a list by name; empty if there is no list."""
     try:
-        text = path.read_bytes().decode("utf-8", "replace")
+        with errors_name(path):
+            content = path.read_bytes()
+        text = content.decode("utf-8", "replace")
     except FileNotFoundError:
         return {}
     return {found[2]: found[1] for line in text.splitlines(keepends=True) if (found := _LINE.fullmatch(line))}

@@ -31,7 +31,7 @@ from scipy import stats
 from xarray.backends import H5NetCDFStore
 
 from mechhier import netcdf
-from mechhier.files import absolute, make_folder, write_whole
+from mechhier.files import absolute, errors_name, make_folder, write_whole
 from mechhier.specs import shown
 
 _HASH = b"\nsha256 "
@@ -471,7 +471,8 @@ def load_attribute(path: str | Path, name: str) -> str | int | float | None:
 
 def _checked(path: Path) -> bytes:
     """The bytes of a netCDF file, if they are those that `save` wrote; a file of others has no hash to compare."""
-    content = path.read_bytes()
+    with errors_name(path):
+        content = path.read_bytes()
     start = len(content) - len(_HASH) - 64
     if start < 0 or content[start:-64] != _HASH:
         return content

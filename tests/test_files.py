@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import mechhier
-from mechhier import files, hashes
+from mechhier import files, hashes, results
 from mechhier.files import LOCK, append_durably, make_folder, new_folder, only_process_in, replacing, write_whole
+from mechhier.models.run import weights_sha256
 
 
 class KilledError(BaseException):
@@ -197,3 +198,12 @@ def test_a_list_of_hashes_is_what_sha256sum_reads_and_half_a_line_counts_for_not
     path.write_bytes(path.read_bytes()[:-5])  # of the line that was appended
     assert hashes.changed(tmp_path, hashes.read(path)) == ["a.txt"]
     assert not hashes.is_as_written(tmp_path / "nowhere", {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that cannot be read, for anyone")
+@pytest.mark.parametrize("read", [hashes.of_file, hashes.read, results.load, lambda path: weights_sha256(path.parent)])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, read):
+    path = tmp_path / "model.safetensors"
+    path.symlink_to("/proc/self/mem")  # at its beginning: an input/output error
+    with pytest.raises(OSError, match=rf"Input/output error: '{path}'"):
+        read(path)

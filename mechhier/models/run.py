@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from mechhier import hashes
-from mechhier.files import absolute, write_whole
+from mechhier.files import absolute, errors_name, write_whole
 from mechhier.grammars import Corpus, Grammar
 from mechhier.models.spec import MOST_STEPS, ModelSpec, TrainSpec, checkpoint_steps
 from mechhier.reading import read_json, read_text
@@ -170,7 +170,7 @@ def weights_sha256(checkpoint: Path) -> str:
     """Hash of a checkpoint's weights, over all its safetensors files."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.glob("*.safetensors")):
-        with path.open("rb") as file:
+        with errors_name(path), path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()

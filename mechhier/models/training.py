@@ -46,6 +46,7 @@ from mechhier import hashes, results
 from mechhier.files import (
     LOCK,
     absolute,
+    errors_name,
     is_leftover,
     make_folder,
     new_folder,
@@ -586,7 +587,8 @@ class _Session(TrainerCallback):
             return 0, None
         self.state_step = step
         folder = _state_folder(self.out, step)
-        progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        with errors_name(folder / _PROGRESS):
+            progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
         self.log, self.losses = progress["log"], progress["losses"]
         if self.main:
             self._write_log()
