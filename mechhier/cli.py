@@ -134,7 +134,9 @@ def _command(is_quiet: bool) -> Iterator[None]:
     handled = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if handled else None
     try:
-        with quiet() if is_quiet else nullcontext():
+        with quiet() if is_quiet else nullcontext(), warnings.catch_warnings():
+            # In a line, like all else, without the place in the program.
+            warnings.showwarning = lambda message, *_, **__: write(str(message), style="yellow")
             yield
     except (KeyboardInterrupt, _Terminated) as stop:
         write("Stopped. The same command goes on from here.", style="yellow")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,17 @@ def test_quiet_says_nothing_but_errors(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(Corpus, "save", save)
     failed = corpus(tmp_path, "--quiet")
     assert (failed.exit_code, failed.stderr) == (1, "not so\n")
+
+
+def test_a_warning_is_said_in_a_line_without_a_place_in_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_, **__):
+        warnings.warn("2 of 3 measurements hold NaN\x1b[2J", results.MeasurementWarning, stacklevel=1)
+        return {}
+
+    monkeypatch.setattr("mechhier.experiments.Experiment.train", warned)
+    said = CliRunner().invoke(cli.app, ["train", "demo", "--quiet"])
+    assert said.exit_code == 0
+    assert said.output == "2 of 3 measurements hold NaN\\x1b[2J\n"
 
 
 def _nothing_measured(seen: list[Path], out: Path) -> None:
